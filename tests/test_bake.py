@@ -351,16 +351,38 @@ def output_files():
 
 
 @pytest.mark.promise("Nothing you didn't choose")
-def test_no_choice_is_named_outside_its_file():
-    """So that a new one needs only a choice and a file: see CONTRIBUTING.md."""
+def test_a_choice_is_named_only_in_its_files_and_in_conditions():
+    """A condition compares an answer to names of its choices, and prints nothing else of it."""
     for path in [TEMPLATE / "cookiecutter.json", *output_files(), *whole_files()]:
         file, text = str(path.relative_to(TEMPLATE)), path.read_text("utf-8")
         if not re.fullmatch(WHOLE, text):
             tree = ENVIRONMENT.parse(text)
-            asked = {n.attr for n in tree.find_all(nodes.Getattr) if is_answer(n)} & CHOICES.keys()
-            assert not asked, f"{file}: ask for a part, or for a has_… of chosen.jinja"
-            words = {node.value for node in tree.find_all(nodes.Const)}
-            assert not words & NAMES, f"{file}: a choice has this name"
+            comparisons = list(conditions(tree))
+            compared = {id(part) for each in comparisons for part in parts_of(each)}
+            for answer in filter(is_answer, tree.find_all(nodes.Getattr)):
+                known = answer.attr not in CHOICES or id(answer) in compared
+                assert known, f"{file} prints cookiecutter.{answer.attr}: ask for a part"
+            for word in tree.find_all(nodes.Const):
+                known = word.value not in NAMES or id(word) in compared
+                assert known, f"{file}: {word.value!r} is the name of a choice"
+            for each in comparisons:
+                [answer] = filter(is_answer, each.find_all(nodes.Getattr))
+                words = {word.value for word in each.find_all(nodes.Const)}
+                unknown = words - set(CHOICES[answer.attr])
+                assert not unknown, f"{file}: cookiecutter.{answer.attr} is never {unknown}"
+
+
+def conditions(tree):
+    """Yield the comparisons in conditions of a template that have an answer."""
+    for node in tree.find_all((nodes.If, nodes.CondExpr)):
+        tests = [node.test] if isinstance(node.test, nodes.Compare) else []
+        for each in [*tests, *node.test.find_all(nodes.Compare)]:
+            if any(a.attr in CHOICES for a in filter(is_answer, each.find_all(nodes.Getattr))):
+                yield each
+
+
+def parts_of(node):
+    return node.find_all((nodes.Getattr, nodes.Const))
 
 
 NAMES = {choice for choices in CHOICES.values() for choice in choices}
