@@ -261,7 +261,7 @@ def test_make_alone_lists_each_command(bake, deployment):
 
 def test_the_list_of_parts_names_those_that_files_print():
     printed, guarded = set(), set()  # all parts; parts that may be missing
-    for path in [*PARTS.rglob("*.jinja"), *whole_files(), *output_files()]:
+    for path in [*PARTS.rglob("*.jinja"), *PARTS.glob("*/*.md"), *whole_files(), *output_files()]:
         tree = ENVIRONMENT.parse(path.read_text("utf-8"))
         filters = tree.find_all((nodes.Filter, nodes.Test))
         optional = {id(each.node) for each in filters if each.name in ("default", "defined")}
@@ -352,18 +352,20 @@ def output_files():
 
 @pytest.mark.promise("Nothing you didn't choose")
 def test_a_choice_is_named_only_in_its_files_and_in_conditions():
-    """A condition compares an answer to names of its choices, and prints nothing else of it."""
+    """A condition compares an answer to names of its choices; an include may be named by one."""
     for path in [TEMPLATE / "cookiecutter.json", *output_files(), *whole_files()]:
         file, text = str(path.relative_to(TEMPLATE)), path.read_text("utf-8")
         if not re.fullmatch(WHOLE, text):
             tree = ENVIRONMENT.parse(text)
             comparisons = list(conditions(tree))
-            compared = {id(part) for each in comparisons for part in parts_of(each)}
+            allowed = [*comparisons, *tree.find_all(nodes.Include)]
+            allowed = [each.find_all((nodes.Getattr, nodes.Const)) for each in allowed]
+            allowed = {id(node) for node in itertools.chain(*allowed)}
             for answer in filter(is_answer, tree.find_all(nodes.Getattr)):
-                known = answer.attr not in CHOICES or id(answer) in compared
+                known = answer.attr not in CHOICES or id(answer) in allowed
                 assert known, f"{file} prints cookiecutter.{answer.attr}: ask for a part"
             for word in tree.find_all(nodes.Const):
-                known = word.value not in NAMES or id(word) in compared
+                known = word.value not in NAMES or id(word) in allowed
                 assert known, f"{file}: {word.value!r} is the name of a choice"
             for each in comparisons:
                 [answer] = filter(is_answer, each.find_all(nodes.Getattr))
@@ -379,10 +381,6 @@ def conditions(tree):
         for each in [*tests, *node.test.find_all(nodes.Compare)]:
             if any(a.attr in CHOICES for a in filter(is_answer, each.find_all(nodes.Getattr))):
                 yield each
-
-
-def parts_of(node):
-    return node.find_all((nodes.Getattr, nodes.Const))
 
 
 NAMES = {choice for choices in CHOICES.values() for choice in choices}

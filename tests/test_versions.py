@@ -39,7 +39,7 @@ FACTS = [
     "Celery 5.7 deprecates `queue`",
     "delivers the tasks of a killed worker again (kombu 5.7)",
     "Caddy 2.7 or newer",
-    'django6 = "`django~=6.',
+    '"`django~=6.',
     "RabbitMQ 4 accepts 16 MiB",
 ]
 # A package that the template's tests need in a version other than outputs, and why.

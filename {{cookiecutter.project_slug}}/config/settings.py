@@ -86,9 +86,12 @@ INSTALLED_APPS = [
     "django_structlog",
     "celery_steady",  # `manage.py check` also finds tasks that would never run
     "axes",
-{% for app in [result_backend.app, periodic_tasks.app] | select %}
-    "{{ app }}",
-{% endfor %}
+{% if cookiecutter.result_backend == "database" %}
+    "django_celery_results",
+{% endif %}
+{% if has_schedule_table %}
+    "django_celery_beat",
+{% endif %}
 {% if has_jobs %}
     "django_tasks",
     "durable_jobs",
