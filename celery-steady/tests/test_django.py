@@ -169,6 +169,21 @@ def test_beat_reads_the_schedules_of_the_database(app):
     assert app.conf.broker_connection_max_retries is None
 
 
+def test_each_turn_of_beats_loop_touches_its_schedule_file(app, tmp_path):
+    file = tmp_path / "schedule"
+    app.conf.beat_scheduler = "celery_steady.django_celery_beat:DatabaseScheduler"
+    beat = app.Beat(schedule=str(file))
+    service = beat.Service(app, schedule_filename=beat.schedule, scheduler_cls=beat.scheduler_cls)
+    assert not file.exists()
+    for _ in range(2):
+        service.scheduler.tick()
+        file.unlink()
+    service.scheduler._heap = None  # the next turn makes a new one
+    with patch.object(service.scheduler, "populate_heap", side_effect=SystemExit):
+        pytest.raises(SystemExit, service.scheduler.tick)
+    assert not file.exists()
+
+
 @pytest.fixture
 def tasks(database, monkeypatch):
     """The tasks of the current app, which checks look at: those of Celery, and one for each test."""

@@ -82,9 +82,8 @@ def test_the_manifests_are_valid(render, answers):
         check_workers(worker, documents, answers)
     beat = documents["Deployment", "beat"]["spec"]
     assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
-    # With a schedule in the database, a plain project's Beat writes no file that shows it is alive.
     [container] = beat["template"]["spec"]["containers"]
-    assert ("livenessProbe" in container) == (has_jobs or not choices.has_schedule_table)
+    assert "livenessProbe" in container
     check_uploads(documents, workers)
     if has_jobs:  # without them, KEDA reads some that the code does not
         check_variables(project, documents)
