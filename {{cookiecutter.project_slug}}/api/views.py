@@ -84,7 +84,9 @@ class TaskView(APIView):
     @extend_schema(responses={204: None})
     def delete(self, request, key):
         """{{ worker_pool.revoke_docs }}"""
-{% print worker_pool.revoke_comment | default %}
+{% if cookiecutter.worker_pool == "prefork" %}
+        # It can't hit another task: a process gets its next one only after this result is read.
+{% endif %}
         self.result().revoke({{ worker_pool.revoke_options }})
         return Response(status=204)
 {% endif %}

@@ -1,13 +1,11 @@
-{% from "chosen.jinja" import broker with context %}
-{% set app_class = broker.app_class | default("celery") %}
 import os
 import re
 
-from celery import {{ "Celery, " if app_class == "celery" }}signals
+from celery import {{ "Celery, " if cookiecutter.broker != "rabbitmq" }}signals
 from celery.app import utils
 from celery_steady.django_structlog import LogStep
-{% if app_class != "celery" %}
-from {{ app_class }} import Celery
+{% if cookiecutter.broker == "rabbitmq" %}
+from celery_steady.rabbitmq import Celery
 {% endif %}
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
