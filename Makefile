@@ -29,7 +29,7 @@ scorecard: .venv  ## what faults lose with celery-steady and with stock Celery, 
 
 bench: .venv  ## measure and write docs/speed.md and docs/performance.md of the libraries; a trial: make bench ARGS="--scale 0.1"
 	.venv/bin/python celery-steady/bench/speed.py $(ARGS)
-	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
+	PYTHONPATH=tests:celery-steady/bench .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
 SITE := site
 site: .venv  ## build the pages as a site, in site/

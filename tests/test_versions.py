@@ -27,6 +27,7 @@ HISTORY = {
     "celery-steady/docs/scorecard.md",
     "celery-steady/docs/speed.md",
     "docs/decisions.md",
+    "docs/reliability.md",
     "durable-jobs/docs/decisions.md",
     "durable-jobs/docs/performance.md",
 }

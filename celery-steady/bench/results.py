@@ -1,8 +1,9 @@
-"""Write what was measured to docs/NAME.json, with its date, commit, versions and machine, and a page with its table."""
+"""Files of what was measured, with its date, commit, versions and machine, and the tables that quote them."""
 
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import date
 from importlib.metadata import version
@@ -13,37 +14,60 @@ DOCS = HERE.parent / "docs"
 
 
 def write(name, text, rows, columns, key):
-    """Replace the rows that have the values of these ones under `key`, and write the page.
-
-    It has this text, then a table. `columns` are {heading: the key in a row, or a function of the row}.
-    """
+    """Store these rows in docs/NAME.json, and write the page with this text and the table of all rows."""
     DOCS.mkdir(exist_ok=True)
-    path = DOCS / f"{name}.json"
-    old = json.loads(path.read_text()) if path.exists() else []
-    new = {tuple(map(row.get, key)): row | about() for row in rows}
-    rows = [row for row in old if tuple(map(row.get, key)) not in new] + list(new.values())
-    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")  # a line each
+    rows = store(DOCS / f"{name}.json", rows, key)
     (DOCS / f"{name}.md").write_text(page(text, rows, columns))
 
 
-def about():
+def store(path, rows, key, **versions):
+    """Replace the rows of a file that have the values of these ones under `key`; return all rows."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    new = {tuple(map(row.get, key)): row | about(**versions) for row in rows}
+    rows = [row for row in old if tuple(map(row.get, key)) not in new] + list(new.values())
+    path.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")  # a line each
+    return rows
+
+
+def about(**versions):
     git = ["git", "rev-parse", "--short", "HEAD"]
+    cpu = re.search("model name.*: (.+)", Path("/proc/cpuinfo").read_text())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "date": date.today().isoformat(),
         "commit": subprocess.check_output(git, text=True, cwd=HERE).strip(),
-        "versions": {name: version(name) for name in ("celery", "kombu", "redis")},
-        "machine": f"{os.cpu_count()} processors, Python {platform.python_version()}",
+        "versions": {name: version(name) for name in ("celery", "kombu", "redis")} | versions,
+        "machine": f"{os.cpu_count()} processors ({cpu[1] if cpu else 'unknown'}), {memory:.0f} GB, "
+        f"Python {platform.python_version()}",
     }
 
 
 def page(text, rows, columns):
-    lines = [text, "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    """Return a page with this text, then a table, and when and where its rows were measured.
+
+    `columns` are {heading: the key in a row, or a function of the row}.
+    """
+    cells = [
+        [each(row) if callable(each) else row[each] for each in columns.values()] for row in rows
+    ]
+    return f"{text}\n{table(columns, cells)}" + "".join(f"\n{line}\n" for line in measured(rows))
+
+
+def table(headings, rows):
+    first, *others = ("| " + " | ".join(map(str, row)) + " |\n" for row in [headings, *rows])
+    return "".join([first, "|---" * len(headings) + "|\n", *others])
+
+
+def measured(rows):
+    """Return a line for each machine, commit and day."""
+    lines = []
     for row in rows:
-        cells = [each(row) if callable(each) else row[each] for each in columns.values()]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    for day, commit, machine, versions in dict.fromkeys(
-        (row["date"], row["commit"], row["machine"], tuple(row["versions"].items())) for row in rows
-    ):
-        found = ", ".join(f"{name}=={number}" for name, number in versions)
-        lines.append(f"\n{day}, commit {commit}, {machine}, {found}.")
-    return "\n".join(lines) + "\n"
+        found = ", ".join(f"{name}=={number}" for name, number in row["versions"].items())
+        lines.append(f"{row['date']}, commit {row['commit']}, {row['machine']}, {found}.")
+    return list(dict.fromkeys(lines))
+
+
+def quote(text, name, quoted):
+    """Return the text of a page with this between `<!-- name -->` and `<!-- end -->`."""
+    before, start, rest = text.partition(f"<!-- {name} -->\n")
+    return before + start + quoted + rest[rest.index("<!-- end -->") :]

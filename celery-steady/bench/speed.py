@@ -32,6 +32,11 @@ One worker with two processes runs tasks that do nothing. celery-steady and stoc
 
 [bench/speed.py](../bench/speed.py) measures it and writes this page: `make bench`. [speed.json](speed.json) has each turn.
 """
+COLUMNS = {
+    "": "what",
+    **{kind: lambda row, kind=kind: short(median(row[kind])) for kind in KINDS},
+    "ratio": lambda row: f"{row['ratio']:.2f}",
+}
 
 
 class Run:
@@ -150,12 +155,7 @@ def main():
         rows.append({"what": what, **dict(zip(KINDS, (ours, theirs), strict=True)), "ratio": ratio})
         print(f"{what}: {median(ours):.2f}, {median(theirs):.2f}, ratio {ratio:.2f}", flush=True)
     if not scale:
-        columns = {
-            "": "what",
-            **{kind: lambda row, kind=kind: short(median(row[kind])) for kind in KINDS},
-            "ratio": lambda row: f"{row['ratio']:.2f}",
-        }
-        results.write("speed", PAGE, rows, columns, key=("what",))
+        results.write("speed", PAGE, rows, COLUMNS, key=("what",))
 
 
 def short(figure):

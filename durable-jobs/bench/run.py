@@ -7,21 +7,18 @@ import argparse
 import http.client
 import json
 import math
-import os
-import platform
 import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import date
-from pathlib import Path
 from statistics import median
 
 import psycopg
+import results
 from harness.bake import CHOICES, TEMPLATE
 from harness.project import Project, started
-from harness.servers import BROKERS, PostgreSQL
+from harness.servers import BROKERS, PostgreSQL, versions
 from stack import Output, Rivals, bare, cpu_ms, flushes, pgbench
 
 _, *POOLS = CHOICES["worker_pool"]  # besides the default
@@ -88,20 +85,24 @@ def main():
     parser.add_argument("--scale", type=float, help="0.1: a trial that leaves the page unchanged")
     scale = parser.parse_args().scale
     sizes = {name: [max(2, int(n * (scale or 1))) for n in all] for name, all in SIZES.items()}
-    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Project(folder), sizes)
         bench.measure()
-    bench.machine += f" Everything took {(time.monotonic() - began) / 60:.0f} minutes.\n"
-    page = PAGE.read_text("utf-8")
-    texts = {name: table(TABLES[name], rows) for name, rows in bench.rows.items()}
-    for name, text in {"machine": bench.machine, **texts}.items():
-        print(f"\n{text}", end="")
-        if name not in PRINTED:
-            before, rest = page.split(f"<!-- {name} -->\n")
-            page = f"{before}<!-- {name} -->\n{text}{rest[rest.index('<!-- end -->') :]}"
+    for name, rows in bench.rows.items():
+        print(f"\n{results.table(TABLES[name].split('|'), rows)}", end="")
     if not scale:
-        PAGE.write_text(page, "utf-8")
+        rows = [{"table": name, "rows": rows} for name, rows in bench.rows.items()]
+        rows = results.store(PAGE.with_suffix(".json"), rows, ("table",), **bench.versions)
+        PAGE.write_text(quoted(PAGE.read_text("utf-8"), rows), "utf-8")
+
+
+def quoted(page, rows):
+    """Return the text of the page with these tables, and how they were measured."""
+    page = results.quote(page, "machine", "\n".join([*results.measured(rows), ""]))
+    for row in rows:
+        if (name := row["table"]) not in PRINTED:
+            page = results.quote(page, name, results.table(TABLES[name].split("|"), row["rows"]))
+    return page
 
 
 class Bench:
@@ -135,7 +136,7 @@ class Bench:
                         self.pools([output, *more])
                         self.others(output)
                     else:
-                        self.machine = machine(output, rivals)
+                        self.versions = packages(output, rivals) | versions()
                     self.sweep(broker, output)
                     self.post(broker, output)  # last, because it leaves messages in a queue
 
@@ -531,28 +532,12 @@ class Bench:
             self.rows["memory"].append([f"{name}, each of {len(children)} children", *each])
 
 
-def machine(output, rivals):
-    """Return a sentence about the machine and the versions."""
-    cpu = re.search("model name.*: (.+)", Path("/proc/cpuinfo").read_text())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = output.shell(
-        "import celery, django, kombu\n"
-        "from django.db import connection\n"
-        "connection.ensure_connection()\n"
-        "with kombu.Connection(settings.CELERY_BROKER_URL) as broker:\n"
-        "    print(f'Celery_{celery.__version__},_Django_{django.__version__}', end=',_')\n"
-        "    print(f'PostgreSQL_{connection.pg_version // 10000}', end=',_')\n"
-        "    print('RabbitMQ_' + broker.connection.server_properties['version'])"
-    )
-    redis = re.search("v=([0-9.]+)", output.folder.call("redis-server", "--version"))[1]
-    theirs = rivals.folder.call("uv", "pip", "freeze", "--python", ".venv/bin/python")
-    theirs = re.findall("^(procrastinate|django-tasks-db)==(.+)$", theirs, re.M)
-    return (
-        f"Measured on {date.today()} with {os.cpu_count()} CPUs ({cpu[1] if cpu else 'unknown'}) "
-        f"and {memory:.0f} GB, which servers and clients share: "
-        f"Python {platform.python_version()}, {versions.replace('_', ' ')}, Redis {redis}, "
-        f"{', '.join(f'{name} {version}' for name, version in theirs)}."
-    )
+def packages(*contestants):
+    """Return the versions of what these have installed."""
+    freeze = "uv", "pip", "freeze", "--python", ".venv/bin/python"
+    found = "\n".join(each.folder.call(*freeze) for each in contestants)
+    names = "celery|kombu|redis|django|django-tasks-db|procrastinate"
+    return dict(re.findall(f"^({names})==(.+)$", found, re.M | re.I))
 
 
 def ratio(ours, theirs):
@@ -567,12 +552,6 @@ def slowest(taken, percent):
 
 def whole(figure):
     return f"{figure:.0f}"
-
-
-def table(header, rows):
-    header = header.split("|")
-    head, *others = (f"| {' | '.join(line)} |\n" for line in [header, *rows])
-    return "".join([head, f"|{'---|' * len(header)}\n", *others])
 
 
 def say(output, text):

@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import sys
 from glob import glob
+from pathlib import Path
 from unittest import SkipTest
 
 # Servers of other versions, made by .ci/servers, come first. Debian's commands for RabbitMQ change
@@ -10,6 +12,8 @@ from unittest import SkipTest
 POSTGRESQL = sorted(glob("/usr/lib/postgresql/*/bin"))[-1:]
 FOLDERS = os.environ.get("SERVERS"), "/usr/lib/rabbitmq/bin", *POSTGRESQL, os.environ["PATH"]
 os.environ["PATH"] = os.pathsep.join(filter(None, FOLDERS))
+
+sys.path.append(str(Path(__file__).parents[2] / "celery-steady/bench"))  # for its results.py
 
 
 def missing(reason):

@@ -6,6 +6,8 @@ python -m harness.promises  # writes the tables
 import ast
 import re
 
+import results
+
 from harness.bake import LIBRARY, TEMPLATE
 
 TABLES = {  # {the page with the table: (the README, the heading of its promises)}
@@ -36,12 +38,9 @@ def pages():
     """Return {page: its text with the table of today}."""
     written = {}
     for page, promises in proofs().items():
-        rows = [
-            f"| {promise} | `{'`<br>`'.join(tests)}` |\n" for promise, tests in promises.items()
-        ]
-        table = "".join(["| promise | tests |\n|---|---|\n", *rows])
-        before, start, rest = page.read_text("utf-8").partition("<!-- promises -->\n")
-        written[page] = before + start + table + rest[rest.index("<!-- end -->") :]
+        rows = [[promise, f"`{'`<br>`'.join(tests)}`"] for promise, tests in promises.items()]
+        table = results.table(["promise", "tests"], rows)
+        written[page] = results.quote(page.read_text("utf-8"), "promises", table)
     return written
 
 

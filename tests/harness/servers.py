@@ -4,6 +4,7 @@ A new broker gets a class here, and its name in BROKERS.
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -21,6 +22,8 @@ from .blocks import code
 from .project import Process, children_of, connects, free_ports, started
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a dead worker's plain tasks again, not 120
+# No busy waiting. RabbitMQ 4.3 refuses these queues, and 4.0 when told to; 3.10 ignores it.
+ERLANG = "+S 2:2 +sbwt none -rabbit permit_deprecated_features #{transient_nonexcl_queues=>false}"
 # In Erlang: elect a leader for each quorum queue whose members do not answer within a second.
 ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
@@ -206,7 +209,7 @@ class RabbitMQ(Broker):
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": self.port,
             "RABBITMQ_PID_FILE": folder / "pid",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",  # no busy waiting
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERLANG,
         }
         # One process group, so that both end together.
         command = ["sh", "-c", "epmd & exec rabbitmq-server"]
@@ -269,6 +272,14 @@ BROKERS = {"redis": Redis, "rabbitmq": RabbitMQ, "sqs": SQS}
 SETUPS = {**BROKERS, "redis-sentinel": RedisSentinel}
 BACKENDS = {"redis": Redis, "dynamodb": SQS}  # those that need a server
 SERVERS = {each.server: each for each in (*BROKERS.values(), *BACKENDS.values()) if each.server}
+
+
+def versions():
+    """Return the versions of the servers that tests start."""
+    commands = "redis-server --version", "rabbitmqctl version", "postgres --version"
+    answers = [subprocess.check_output(each.split(), text=True) for each in commands]
+    numbers = (re.search(r"[0-9]+(\.[0-9]+)+", answer)[0] for answer in answers)
+    return dict(zip(("redis-server", "rabbitmq", "postgresql"), numbers, strict=True))
 
 
 def broker_class(name):

@@ -7,17 +7,20 @@ import itertools
 import os
 import signal
 import time
+from collections import defaultdict
 from contextlib import suppress
 
 import psycopg
 import pytest
+import results
 
-from .bake import CHOICES, baked, chosen, covering, name, product
+from .bake import CHOICES, TEMPLATE, baked, chosen, covering, name, product
 from .project import started
 from .proxy import Proxy
-from .servers import BROKERS, SQS, PostgreSQL, RabbitMQ, Redis, backend_class
+from .servers import BROKERS, SQS, PostgreSQL, RabbitMQ, Redis, backend_class, versions
 from .stack import SCHEDULE, TIMINGS, JobStack, PlainStack
 
+PAGE = TEMPLATE / "docs/reliability.md"
 DOWN, STALLED = 4, 8  # seconds
 # Seconds until Redis or SQS delivers a task again that no live worker has. A stalled worker or
 # broker must be back earlier.
@@ -166,7 +169,24 @@ KINDS = {
     RabbitMQ: RabbitMQService,
     SQS: AWSService,
 }
-FAULTS = "cut", "forget", "read_only", "restart", "kill", "stall"  # a process has the last three
+FAULTS = {  # and their words in the table; a process has the last three
+    "cut": "disconnected",
+    "forget": "forgotten",
+    "read_only": "read-only",
+    "restart": "restarted",
+    "kill": "killed",
+    "stall": "stopped",
+}
+LABELS = {
+    "database": "PostgreSQL",
+    "broker": "{broker} (broker)",
+    "results": "{backend} (results)",
+    "cache": "redis (cache)",
+    "web": "web server",
+    "worker": "worker",
+    "beat": "Beat",
+    "flower": "Flower",
+}
 
 
 def servers_of(answers):
@@ -200,7 +220,7 @@ def cells_of(answers):
             if getattr(KINDS[server], fault) and (service, fault) not in omitted:
                 found[service, fault] = service, server, fault
     processes = ["web", "worker", "beat", "flower"][: 3 + chosen(**answers).has_flower]
-    for service, fault in itertools.product(processes, FAULTS[3:]):
+    for service, fault in itertools.product(processes, list(FAULTS)[3:]):
         broker = answers["broker"] if service == "worker" else None
         found[service, fault] = service, broker, fault
     return found
@@ -337,55 +357,67 @@ def record_cell(request, record_property):
     """A function that records what happened in a cell, for the table."""
 
     def record(service, fault, found):
-        record_property("cell", [service, fault, request.node.callspec.id, found])
+        stack = request.node.callspec.id.removesuffix(f"-{service}-{fault}")
+        cell = {"service": service, "fault": fault, "stack": stack, **found}
+        record_property("cell", cell)
 
     return record
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print one row of the table for all stacks where the same happened."""
-    rows = {}
-    for report in terminalreporter.stats.get("passed", []):
-        for key, value in report.user_properties:
-            if key == "cell":
-                service, fault, place, found = value
-                row = label(service, place), fault.replace("_", " "), what_happens(found)
-                rows.setdefault(row, []).append((place, found["seconds until a task succeeded"]))
-    if not rows:
+    """Print a table of what passed. WRITE=1 stores it, and writes the page from what is stored."""
+    passed = terminalreporter.stats.get("passed", [])
+    recorded = [each for report in passed for each in report.user_properties]
+    cells = [value for key, value in recorded if key == "cell"]
+    if not cells:
         return
     terminalreporter.section("what happens when a service fails")
-    lines = [("service", "fault", "where", "what happens", "until a task succeeds"), ["---"] * 5]
-    for (service, fault, what), found in sorted(rows.items()):
-        places = ", ".join(sorted("-".join(place.split("-")[:4]) for place, _ in found))
-        times = sorted(round(seconds) for _, seconds in found)
-        measured = f"{times[0]} to {times[-1]} s" if len(times) > 1 else f"{times[0]} s"
-        lines.append((service, fault, places, what, measured))
-    for line in lines:
-        terminalreporter.write_line("| " + " | ".join(line) + " |")
+    terminalreporter.write(table(cells))
+    if os.environ.get("WRITE"):
+        key = "service", "fault", "stack"
+        rows = results.store(PAGE.with_suffix(".json"), cells, key, **versions())
+        PAGE.write_text(quoted(PAGE.read_text("utf-8"), rows), "utf-8")
 
 
-def label(service, place):
-    broker, backend, *_ = place.split("-")
-    names = {
-        "database": "PostgreSQL",
-        "broker": f"{broker} (broker)",
-        "results": f"{backend} (results)",
-        "cache": "redis (cache)",
-        "worker": f"worker ({broker})",
-    }
-    return names.get(service, service)
+def quoted(page, rows):
+    """Return the page's text with the table of those of plain tasks, and how they were measured."""
+    plain = [row for row in rows if row["stack"].endswith("-plain")]
+    text = "\n".join([table(plain), *results.measured(plain), ""])
+    return results.quote(page, "services", text)
+
+
+def table(cells):
+    """Return a table with one row for all faults of a service that had the same effects."""
+    order = [*LABELS, *FAULTS]
+    effects = defaultdict(set)  # {(service, fault): those with any stack}
+    for cell in sorted(
+        cells,
+        key=lambda each: (order.index(each["service"]), label(each), order.index(each["fault"])),
+    ):
+        effects[label(cell), FAULTS[cell["fault"]]].update(what_happens(cell))
+    rows = defaultdict(list)
+    for (service, fault), what in effects.items():
+        rows[service, "; ".join(sorted(what)) or "nothing"].append(fault)
+    lines = [(service, ", ".join(faults), what) for (service, what), faults in rows.items()]
+    return results.table(["service", "what happens to it", "what happens to tasks"], lines)
+
+
+def label(cell):
+    broker, backend, *_ = cell["stack"].split("-")
+    return LABELS[cell["service"]].format(broker=broker, backend=backend)
 
 
 def what_happens(found):
-    again = "running tasks run again"
-    if not found["of them started before"]:
-        again = "tasks that are sent meanwhile run twice"
-    texts = {
-        "ran again": again,
-        "failed": "tasks that need the database meanwhile fail",
-        "orders that the hourly task found": "the hourly task finds orders whose task is missing",
-        "refused": "requests get 503",
-    }
-    what = ["nothing is lost", *(text for key, text in texts.items() if found[key])]
-    what += [f"{process} exits and is restarted" for process in found["exited"]]
-    return "; ".join(what)
+    """Yield what the fault did to tasks. Nothing is lost: otherwise, the test fails."""
+    if found["of them started before"]:
+        yield "running tasks run again"
+    elif found["ran again"]:
+        yield "tasks sent meanwhile run twice"
+    if found["failed"]:
+        yield "tasks that need the database fail"
+    if found["orders that the hourly task found"]:
+        yield "the hourly task finds orders"
+    if found["refused"]:
+        yield "requests get 503"
+    for process in found["exited"]:
+        yield f"{process} exits and is restarted"
