@@ -145,7 +145,7 @@ def test_staff_runs_the_failed_jobs_of_a_batch_again(staff, user, batch, monkeyp
     assert (response.status_code, response.json()["id"]) == (202, str(batch.pk))
     assert Job.objects.filter(state="queued").count() == 2
     batches.cancel(batch)
-    monkeypatch.setattr("durable_jobs.api.views.MOST_AGAIN", 1)
+    monkeypatch.setattr("durable_jobs.api.views.MAX_RUN_AGAIN", 1)
     assert deleter.post(url).json()["counts"] == counts(queued=1, cancelled=1)
     batch.jobs.all().update(task="no.such.task")
     batches.cancel(batch)

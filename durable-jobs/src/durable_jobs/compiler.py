@@ -69,7 +69,7 @@ def execute(sql, params, values):
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
 
-OF_DATABASE = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job returns
+RETURNED_FIELDS = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job returns
 
 
 def insert(job):
@@ -82,7 +82,7 @@ def insert(job):
     compiler, converters, *statement = compiled_insert(isinstance(job.due_at, timedelta))
     rows = execute(*statement, vars(job))
     for row in compiler.apply_converters(map(list, rows), converters):
-        vars(job).update(zip(OF_DATABASE, row, strict=True))
+        vars(job).update(zip(RETURNED_FIELDS, row, strict=True))
         job._state.adding, job._state.db = False, Job.objects.db
     return bool(rows)
 
@@ -97,7 +97,7 @@ def compiled_insert(adds_now):
     query = InsertQuery(Job, on_conflict=OnConflict.IGNORE)
     query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
     compiler = query.get_compiler(Job.objects.db)
-    compiler.returning_fields = [Job._meta.get_field(name) for name in OF_DATABASE]
+    compiler.returning_fields = [Job._meta.get_field(name) for name in RETURNED_FIELDS]
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     [[sql, params]] = compiler.as_sql()
     return compiler, compiler.get_converters(columns), sql, params

@@ -65,9 +65,9 @@ EXPIRES = (
     'Pass the time as an argument. In CELERY_BEAT_SCHEDULE, "options": {"unique": "a name"} starts no job while'
     " the last one is active"
 )
-OF_CANVAS = {"link", "link_error", "chain", "chord", "group_id", "root_id"}
+CANVAS_OPTIONS = {"link", "link_error", "chain", "chord", "group_id", "root_id"}
 # Options of apply_async() that are supported or harmless.
-HARMLESS = ("queue", "headers", "ignore_result", "producer", "retries")
+HARMLESS_OPTIONS = ("queue", "headers", "ignore_result", "producer", "retries")
 
 
 class Options(TypedDict, total=False):
@@ -161,19 +161,19 @@ class JobSignature(Enqueueable[P]):
 CallableSignature.register(JobSignature)  # so that Celery's canvas calls clone()
 
 
-def check_call(call, taken):
+def check_call(call, allowed):
     """Raise TypeError unless this is a JobSignature that has no other options than these."""
     if not isinstance(call, JobSignature):
         raise TypeError(f"{call!r:.200} is not the signature of a job, such as task.s(10)")
-    if others := call.options.keys() - taken:
+    if others := call.options.keys() - allowed:
         raise TypeError(f"{call.task.name}: this job does not take {', '.join(sorted(others))}")
 
 
 def check_options(options, supported=()):
     """Raise TypeError for options of apply_async() that a job cannot have."""
-    known = [*HARMLESS, *supported]
+    known = [*HARMLESS_OPTIONS, *supported]
     if refused := [name for name in options if name not in known and options[name]]:
-        hint = NO_CANVAS if OF_CANVAS & {*refused} else "See the options of using()"
+        hint = NO_CANVAS if CANVAS_OPTIONS & {*refused} else "See the options of using()"
         if "expires" in refused:
             hint = EXPIRES
         raise TypeError(f"a job does not take {', '.join(refused)}. {hint}")

@@ -267,7 +267,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         Read it once, at the start of the function. It is None if the task was called directly. Raises
         RuntimeError in a thread that the function has started.
         """
-        run = self._own_run()
+        run = self._run_in_this_thread()
         return run.read_cursor() if run else None
 
     def report(
@@ -284,7 +284,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         If the worker is shutting down, a call with `cursor` ends the function once the cursor is committed.
         The job continues in another worker.
         """
-        if run := self._own_run():
+        if run := self._run_in_this_thread():
             if run.lost:
                 raise JobLost
             percent = int(100 * done / total) if total else 100
@@ -319,7 +319,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         if the results of all steps exceed 1,000,000 bytes; TypeError or ValueError if the result is not JSON;
         RuntimeError in a thread that the task function has started.
         """
-        run = self._own_run()
+        run = self._run_in_this_thread()
         if not run:
             return function(*args, **kwargs)
         result = run_step(run, name, function, args, kwargs)
@@ -330,7 +330,7 @@ class JobTask(Enqueueable[P], DjangoTask):
     @property
     def batch(self) -> Batch | None:
         """The batch that this job belongs to, or None. batches.add() adds another job to it."""
-        run = self._own_run()
+        run = self._run_in_this_thread()
         return run.read_batch() if run else None
 
     def enqueue_next(self, call: JobSignature[[]]) -> None:
@@ -343,13 +343,13 @@ class JobTask(Enqueueable[P], DjangoTask):
         Raises the errors of enqueue(), and TypeError if the call has other options than `label`, `queue`, `countdown`
         and `eta`.
         """
-        if run := self._own_run():
+        if run := self._run_in_this_thread():
             run.next_jobs.append(batches.planned(call))
         else:
             check_call(call, MEMBER_OPTIONS)
             call.enqueue()
 
-    def _own_run(self):
+    def _run_in_this_thread(self):
         if self.request_stack.top is None and process.has_run_of(self):
             raise RuntimeError(
                 "report(), step(), enqueue_next() and cursor work only in the thread that runs the task function:"

@@ -39,7 +39,7 @@ from durable_jobs.models import Batch, Job
 
 __all__ = ["BatchViewSet", "EnqueueMixin", "JobViewSet", "accepted"]
 
-MOST_AGAIN = 1000  # jobs of a batch in a request: they take some seconds
+MAX_RUN_AGAIN = 1000  # jobs of a batch in a request: they take some seconds
 TOO_LONG = "Too long for a list: see the job itself"
 
 
@@ -94,7 +94,7 @@ def identify_upload(upload):
     return identity
 
 
-class OwnViewSet(viewsets.ReadOnlyModelViewSet):
+class RowViewSet(viewsets.ReadOnlyModelViewSet):
     """What jobs and batches have in common: the caller's own rows. Staff also see those without an owner."""
 
     permission_classes = [IsAuthenticated, *viewsets.ReadOnlyModelViewSet.permission_classes]
@@ -137,7 +137,7 @@ class JobFilter(FilterSet):
         fields = ["state"]
 
 
-class JobViewSet(OwnViewSet):
+class JobViewSet(RowViewSet):
     """The caller's own jobs. Staff also see jobs without an owner."""
 
     queryset = Job.objects.all()
@@ -186,7 +186,7 @@ class JobViewSet(OwnViewSet):
         return accepted(request, again)
 
 
-class BatchViewSet(OwnViewSet):
+class BatchViewSet(RowViewSet):
     """The caller's own batches. Staff also see batches without an owner."""
 
     queryset = Batch.objects.defer("on_success", "on_finish")  # they may be large
@@ -213,7 +213,7 @@ class BatchViewSet(OwnViewSet):
         for task in batches.unsuccessful(batch).values_list("task", flat=True).distinct():
             if not may_run_again(request.user, Job(task=task, owner_id=batch.owner_id)):
                 self.permission_denied(request)
-        if not batches.run_failed_again(batch, most=MOST_AGAIN):
+        if not batches.run_failed_again(batch, most=MAX_RUN_AGAIN):
             raise Conflict("No failed or cancelled job of this batch can run again.")
         return accepted(request, batch)
 

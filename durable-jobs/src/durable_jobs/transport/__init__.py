@@ -10,11 +10,11 @@ from kombu import connection
 
 from durable_jobs import versions
 
-STEADY = {  # by kombu's module
+STEADY_TRANSPORTS = {  # by kombu's module
     "kombu.transport.redis": ("celery_steady.redis", "Redis"),
     "kombu.transport.SQS": ("celery_steady.sqs", "Amazon SQS"),
 }
-OWN = {
+EXTENSIONS = {
     "kombu.transport.pyamqp": ("rabbitmq", "batched confirms from RabbitMQ"),
     "celery_steady.redis": ("redis", "Redis without copies"),
 }
@@ -26,10 +26,10 @@ def extended(transport):
 
     The package of another broker need not be installed, so its module is not imported.
     """
-    module, part = STEADY.get(transport.__module__, (None, None))
+    module, part = STEADY_TRANSPORTS.get(transport.__module__, (None, None))
     if module and celery_steady.versions.fits(part):
         transport = import_module(module).Transport
-    name, part = OWN.get(transport.__module__, (None, None))
+    name, part = EXTENSIONS.get(transport.__module__, (None, None))
     if name and versions.fits(part):
         return import_module(f"{__name__}.{name}").extend(transport)
     return transport

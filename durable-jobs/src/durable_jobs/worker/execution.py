@@ -173,7 +173,7 @@ def run_coroutine(task, coroutine):
     coroutine.
     """
     request, loop, current = task.request, None, None
-    if run := task._own_run():
+    if run := task._run_in_this_thread():
         # Now, because a coroutine cannot query the database.
         run.read_cursor()
         run.read_batch()
