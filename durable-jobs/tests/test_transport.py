@@ -1,10 +1,14 @@
 """The connections of an app have what kombu's transports lack. Those of others do not change."""
 
+from collections import defaultdict
+from unittest.mock import MagicMock
+
 import celery_steady.redis
 import celery_steady.sqs
 import kombu
 import pytest
 from celery import current_app as app
+from kombu.exceptions import BatchPublishError
 from kombu.transport.redis import SentinelChannel
 
 
@@ -51,3 +55,30 @@ def test_a_connection_that_fails_over_is_extended_too(is_pooled):
     with connection:
         connection.switch("redis://two")
         assert BROKERS["redis://"](connection.transport)
+
+
+def rabbitmq_batch(answer):
+    """Publish three messages in a batch of the app. `answer` is RabbitMQ's, for each that it waits for."""
+    transport = app.connection_for_write("amqp://").transport
+    channel = transport.Connection.Channel.__new__(transport.Connection.Channel)
+    channel.connection = connection = MagicMock()
+    confirming = connection.channel.return_value
+    confirming.connection, confirming.events, sent = connection, defaultdict(set), iter([2, 3])
+
+    def drain_events():
+        for receive in confirming.events[answer]:
+            receive(next(sent), True)
+
+    connection.drain_events, connection.client_properties = drain_events, {}
+    batch = channel.create_publish_batch(max_size=100)
+    for _ in range(3):
+        batch.publish("message", None, exchange="", routing_key="celery")
+    assert confirming.send_method.call_count == 3
+    batch.flush()
+    assert next(sent, None) is None
+
+
+def test_rabbitmq_confirms_a_batch_of_messages_together():
+    rabbitmq_batch("basic_ack")
+    with pytest.raises(BatchPublishError):
+        rabbitmq_batch("basic_nack")

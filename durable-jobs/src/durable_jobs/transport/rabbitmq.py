@@ -41,7 +41,9 @@ class Batch:
 
 
 def extend(transport):
-    # kombu's Producer.batch() uses this method if a channel has it.
-    channel = type("Channel", (transport.Connection.Channel,), {"create_publish_batch": Batch})
-    connection = type("Connection", (transport.Connection,), {"Channel": channel})
+    class Channel(transport.Connection.Channel):
+        def create_publish_batch(self, max_size):  # kombu's Producer.batch() calls it
+            return Batch(self, max_size)
+
+    connection = type("Connection", (transport.Connection,), {"Channel": Channel})
     return type("Transport", (transport,), {"Connection": connection})
