@@ -1,4 +1,4 @@
-.PHONY: demo steady library test prove chaos scorecard bench site pictures wheel dist release lint
+.PHONY: demo steady library test diff prove chaos scorecard bench site pictures wheel dist release lint
 
 # The demo needs less than the tests, but takes what they have.
 DEMO := $(firstword $(wildcard .venv) .venv-demo)
@@ -16,6 +16,9 @@ PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reo
 
 test: .venv  ## all quick tests: make test ARGS="-k hook"
 	$(PYTEST) --ignore tests/integration $(ARGS)
+
+diff: $(DEMO)  ## how three outputs differ from those of the branch main, or: make diff FROM=COMMIT
+	@PATH="$(DEMO)/bin:$$PATH" .ci/diff $(or $(FROM),main)
 
 prove: TESTS := tests/integration
 prove: .venv  ## the slow tests, such as faults and containers: make prove ARGS="-k redis-gevent"

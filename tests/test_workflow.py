@@ -75,6 +75,7 @@ def test_a_push_runs_the_quick_tests_and_each_night_runs_all():
     [night] = events["schedule"]
     assert re.fullmatch(r"\d+ \d+ \* \* \*", night["cron"])
     expected = {"test": None, "output": "github.event_name == 'push'"}
+    expected["diff"] = "github.event_name == 'pull_request'"
     expected["newest"] = "github.event_name == 'schedule'"
     for name, job in JOBS.items():
         assert job.get("if") == expected.get(name, "github.event_name != 'push'"), name
