@@ -53,6 +53,10 @@ FAILS = """
     close_all_descriptors multiprocessing
 """
 
+# Threads, gevent: with these, a task never ends. With the others, its copy comes back and waits, too.
+ENDLESS = "forever", "swallow_each_limit"
+COME_BACK = "fork_returns"
+
 
 def expected(pool):
     tables = {"gevent": [ENDS], "threads": [ENDS, COPIES], "prefork": [ENDS, COPIES, PREFORK]}
@@ -70,6 +74,13 @@ def has_processes(worker):
         except OSError:
             continue
     return False
+
+
+def ids_in(redis):
+    """Return the ids of the tasks that wait in Redis, where nothing else is left."""
+    assert not redis.client.hlen("unacked") and not redis.client.exists("celery\x06\x16delayed")
+    messages = redis.client.lrange("celery", 0, -1)
+    return sorted(json.loads(message)["headers"]["id"] for message in messages)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "gevent"])
@@ -103,13 +114,55 @@ def test_each_poison_that_is_stopped_ends_or_is_given_back(start, steady, send, 
     stopped = time.monotonic()
     assert worker.wait() == 0
     assert time.monotonic() - stopped < 30
-    waiting = [
-        json.loads(message)["headers"]["id"] for message in redis.client.lrange("celery", 0, -1)
-    ]
-    assert sorted(waiting) == sorted(sent[name].id for name in failing)
-    assert not redis.client.hlen("unacked") and not redis.client.exists("celery\x06\x16delayed")
+    assert ids_in(redis) == sorted(sent[name].id for name in failing)
     assert {sent[name].state for name in returning} == {"SUCCESS"}
     until(lambda: not has_processes(worker), "no copy of the worker runs")
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_each_poison_of_a_worker_that_stops_ends(
+    pool, start, steady, send, calls, settled, tmp_path
+):
+    states = expected(pool)
+    del states["thread_stays"], states["own_loop_exits"]
+    steady["worker_soft_shutdown_timeout"] = 50
+    worker = start(steady, pool=pool, options=["-c", str(len(states))])
+    sent = {name: send("poison", name, "after") for name in states}
+    waiting = [calls.next(name) for name in states]
+    worker.stop(signal.SIGTERM)
+    for call in waiting:
+        call.answer()
+    assert worker.wait() == 0
+    assert {name: result.state for name, result in sent.items()} == states
+    settled()
+    until(lambda: not has_processes(worker), "no copy of the worker runs")
+
+
+@pytest.mark.parametrize("pool", ["threads", "gevent"])
+def test_each_poison_that_does_not_end_in_time_is_given_back(
+    pool, start, steady, send, calls, redis
+):
+    steady["broker_transport_options"]["visibility_timeout"] = 1000
+    names = [name for name in ENDS["SUCCESS"].split() if name not in COME_BACK]
+    steady["worker_soft_shutdown_timeout"] = 1
+    worker = start(steady, pool=pool, options=["-c", str(len(names) + len(ENDLESS))])
+    sent = [send("poison", name, "before") for name in names]
+    sent += [send("poison", name, "after") for name in ENDLESS]
+    waiting = {name: calls.next(name) for name in [*names, *ENDLESS]}
+    for name in ENDLESS:
+        waiting[name].answer()
+    worker.stop(signal.SIGTERM)
+    stopped = time.monotonic()
+    assert worker.wait() == 0
+    assert time.monotonic() - stopped < 30
+    assert ids_in(redis) == sorted(result.id for result in sent)
+    until(lambda: not has_processes(worker), "no copy of the worker runs")
+
+
+def test_a_worker_ends_although_a_thread_of_its_main_process_does_not(start, steady):
+    worker = start({**steady, "worker_soft_shutdown_timeout": 1}, THREAD="1")
+    worker.stop(signal.SIGTERM)
+    assert worker.wait() == 0
 
 
 def test_a_worker_that_fails_ends_although_its_tasks_do_not(start, steady, send, calls, redis):

@@ -40,7 +40,7 @@ def ask(name):
 
 @app.task
 def poison(name, when):
-    """Run a function of poisons.py: now, before a wait for the test, or at the end of the wait."""
+    """Run a function of poisons.py: now, before or after a wait for the test, or if that is interrupted."""
     with open(RUNS, "a") as file:
         file.write(f"{name}\n")
     function = poisons.FUNCTIONS[name]
@@ -49,6 +49,9 @@ def poison(name, when):
     if when == "before":
         function()
         return ask(name)
+    if when == "after":
+        ask(name)
+        return function()
     try:
         return ask(name)
     except BaseException:
@@ -74,6 +77,13 @@ if "GATE" in os.environ:
         """Let a child process need time to start."""
         while not os.path.exists(os.environ["GATE"]):
             time.sleep(0.05)
+
+
+if "THREAD" in os.environ:
+
+    @signals.worker_ready.connect
+    def leave_a_thread(**kwargs):
+        poisons.leave(poisons.forever)
 
 
 @signals.worker_ready.connect

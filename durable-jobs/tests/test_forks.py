@@ -1,4 +1,4 @@
-"""Queries in a thread of a worker's main process, while it forks a child."""
+"""Queries in a thread of a worker's main process, while it forks a child. Forks of jobs."""
 
 import os
 import sqlite3
@@ -10,7 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from durable_jobs.tasks import job
 from durable_jobs.worker import forks
+from durable_jobs.worker.consumer import Consumer
 from durable_jobs.worker.runs import process
 
 
@@ -45,3 +47,35 @@ def test_a_child_does_not_inherit_the_lock_of_a_transaction(tmp_path, monkeypatc
             os._exit(1)
     thread.join()
     assert os.waitpid(child, 0)[1] == 0
+
+
+@job
+def fork(self):
+    """Return the exit code of the copy, which comes back, too."""
+    copy = os.fork()
+    return copy and os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1])
+
+
+@job
+def leave(self):
+    raise SystemExit
+
+
+@pytest.mark.django_db
+def test_a_process_that_a_job_forks_never_leaves_its_function():
+    """It would go on as a second worker. With prefork, celery-steady ends it."""
+    Consumer.prepare(Mock(is_prefork=False), fork)
+    process = os.getpid()
+    try:
+        assert fork() == 1
+    finally:
+        if os.getpid() != process:
+            os._exit(0)
+
+
+@pytest.mark.django_db
+def test_a_job_raises_what_it_likes():
+    """What that means is known to worker/execution.py. A plain task fails with another error."""
+    Consumer.prepare(Mock(is_prefork=False), leave)
+    with pytest.raises(SystemExit):
+        leave()

@@ -271,7 +271,7 @@ def test_a_receiver_may_add_headers_where_sentry_reads_them():
     assert (job.state, job.result) == ("succeeded", {"sentry-trace": "1-2-1"})
 
 
-@pytest.mark.parametrize("value", ["a\0b", "\ud800", object(), float("nan")], ids=repr)
+@pytest.mark.parametrize("value", ["a\0b", "\ud800", object, float("nan")], ids=repr)
 def test_a_header_that_cannot_be_stored_is_left_out(value, structlog, calls):
     with bound_contextvars(request_id=value):
         enqueue(add, [1, 2])

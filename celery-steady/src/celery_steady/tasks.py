@@ -69,8 +69,16 @@ def let_end(task):
     replace_errors(task, raised)
 
 
+def end_copies(task):
+    """Let no process that this task's function has forked return from it."""
+    replace_errors(task, lambda error: None)
+
+
 def replace_errors(task, raised):
-    """Call raised(error), which may raise another one, with each error of this task's function."""
+    """Call raised(error), which may raise another one, with each error of this task's function.
+
+    A process that the function has forked ends there.
+    """
     run = task.run
     if hasattr(run, "_replaces_errors"):
         return

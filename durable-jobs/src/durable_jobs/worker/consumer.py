@@ -24,6 +24,7 @@ class Consumer(consumer.Consumer):
         """Let a job raise what it likes: worker/execution.py writes what that means."""
         if is_job(task):
             task.Request = tasks.failing(task.Request)
+            tasks.end_copies(task)
         else:
             super().prepare(task)
 
