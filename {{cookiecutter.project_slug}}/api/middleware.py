@@ -1,7 +1,7 @@
 {% import "imports.jinja" as imports %}
 {% from "chosen.jinja" import broker, result_backend with context %}
-{% set backend_errors = result_backend.unavailable | default([]) %}
-{% set errors = (["LimitExceeded", "OperationalError"] + broker.unavailable + backend_errors) | unique | sort %}
+{% set backend_errors = result_backend.unavailable_errors | default([]) %}
+{% set errors = (["LimitExceeded", "OperationalError"] + broker.unavailable_errors + backend_errors) | unique | sort %}
 {% set lines %}
 from django.contrib import messages
 from django.http import HttpResponseRedirect, JsonResponse

@@ -5,8 +5,8 @@
 from dotenv import load_dotenv
 from environs import Env, validate
 from kombu import Queue
-{% print periodic_tasks.imports | default %}
-{% print result_backend.settings_import | default %}
+{% print periodic_tasks.settings_imports | default %}
+{% print result_backend.settings_imports | default %}
 {% endset %}
 """Settings. What differs between machines comes from the environment: see .env.example."""
 
@@ -55,11 +55,11 @@ EMAIL_HOST_PASSWORD = env.str("EMAIL_HOST_PASSWORD", "")
 EMAIL_USE_SSL = env.bool("EMAIL_USE_SSL", False)  # TLS from the first byte: port 465
 EMAIL_USE_TLS = env.bool("EMAIL_USE_TLS", not EMAIL_USE_SSL)
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
-{% print broker.environment %}
-{% print result_backend.environment | default %}
+{% print broker.env_settings %}
+{% print result_backend.env_settings | default %}
 CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", 600)  # seconds
-{% print worker_pool.environment %}
-{% print durable_jobs.environment | default %}
+{% print worker_pool.env_settings %}
+{% print durable_jobs.env_settings | default %}
 {% if has_flower %}
 FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", "")  # Flower refuses to start without it
 FLOWER_PORT = env.int("FLOWER_PORT", {{ flower_port }})
@@ -169,7 +169,7 @@ if cache_url:
         }
     }
 {% endif %}
-{% print durable_jobs.files | default %}
+{% print durable_jobs.storage_settings | default %}
 EMAIL_FILE_PATH = BASE_DIR / ".data/mail"  # for the backend "filebased", in development
 EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
 

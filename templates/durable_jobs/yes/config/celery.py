@@ -6,7 +6,7 @@ from celery_steady.django_structlog import LogStep
 from durable_jobs.celery import Celery
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
-{% print worker_pool.celery_environment | default %}
+{% print worker_pool.default_pool | default %}
 
 app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
