@@ -42,6 +42,7 @@ FACTS = [
     "Caddy 2.7 or newer",
     '"`django~=6.',
     "RabbitMQ 4 accepts 16 MiB",
+    "RabbitMQ 4.3 refuses",  # and later ones
 ]
 # A package that the template's tests need in a version other than outputs, and why.
 DIFFER = {
