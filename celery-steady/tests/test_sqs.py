@@ -1,4 +1,7 @@
-"""SQS keeps countdowns: 15 minutes when they are sent, 12 hours each time a worker receives them."""
+"""SQS keeps countdowns: 15 minutes when they are sent, 12 hours each time a worker receives them.
+
+Anybody may have sent a message there, such as SNS, or a person in the console.
+"""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -18,6 +21,7 @@ HOUR = 3600
 def channel():
     channel = object.__new__(sqs.Channel)
     channel.sqs = Mock()
+    channel.connection = Mock(_noack_queues=set())
     return channel
 
 
@@ -46,3 +50,16 @@ def test_a_countdown_that_a_worker_receives_is_hidden_again(channel, seconds, hi
     assert channel.delay("queue", payload, time.time() + seconds)
     [call] = channel.sqs.return_value.change_message_visibility.call_args_list
     assert call.kwargs == {"QueueUrl": "url", "ReceiptHandle": "tag", "VisibilityTimeout": hidden}
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["hello", '{"Type": "Notification"}', "[1, 2]", "aGVsbG8=", '{"properties": 5}']
+    + ['{"properties": {"delivery_info": null}}', '{"properties": {"delivery_info": {}}}'],
+)
+def test_a_message_that_is_no_tasks_keeps_its_queue(channel, body):
+    message = {"Body": body, "ReceiptHandle": "tag"}
+    properties = channel._message_to_python(message, "queue", "url")["properties"]
+    assert properties["delivery_tag"] == "tag"
+    channel._change_visibility(properties, 0)
+    channel.sqs.assert_called_once_with("queue")

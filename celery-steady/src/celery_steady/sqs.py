@@ -53,6 +53,17 @@ class Channel(KeepingChannel, SQS.Channel):
         logger.warning("A poll of the SQS queue %s failed: %r", queue, error)
         self.hub.call_later(1, self._schedule_queue, queue)
 
+    def _message_to_python(self, message, queue_name, q_url):
+        """Return a message that is no task's, too: the consumer drops it. kombu fails, or loses its queue."""
+        try:
+            payload = super()._message_to_python(message, queue_name, q_url)
+            payload["properties"]["delivery_info"].setdefault("routing_key", queue_name)
+        except Exception:  # a property may be anything
+            info = {"routing_key": queue_name, "sqs_queue": q_url, "sqs_message": message}
+            properties = {"delivery_tag": message["ReceiptHandle"], "delivery_info": info}
+            payload = {"body": message["Body"], "properties": properties}
+        return payload
+
     def _put(self, queue, message, **kwargs):
         seconds = ceil(due_time(message) - time.time())
         if seconds > 0 and not queue.endswith(".fifo"):  # which refuse it
