@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from harness.bake import DEFAULTS
+from harness.bake import DEFAULTS, TEMPLATE
 from harness.blocks import code
 from harness.outputs import both_outputs, outputs, plain_output
 from harness.project import Process, env, started
@@ -119,8 +119,8 @@ print(answer.status_code, answer.get("Location"))
 
 @both_outputs
 def test_users_may_log_in_by_email(copied):
-    """With the files of docs/production.md."""
-    page = copied.read("docs/production.md")
+    """With the files of docs/users.md."""
+    page = (TEMPLATE / "docs/users.md").read_text("utf-8")
     (copied / "users/models.py").write_text(code(page, "class User("))
     (copied / "users/admin.py").write_text(code(page, "UserAdmin("))
     (copied / "users/migrations/0001_initial.py").unlink()

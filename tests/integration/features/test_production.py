@@ -127,7 +127,8 @@ def verify(folder, name, unit):
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
     """Its commands are those of the page's table, with files where this user may write."""
-    page = render("docs/production.md", durable_jobs="yes", broker=broker, worker_pool=worker_pool)
+    answers = {"durable_jobs": "yes", "deployment": "none"}
+    page = render("docs/production.md", broker=broker, worker_pool=worker_pool, **answers)
     unit = code(page, "[Unit]")
     name = re.search(r"\w+@\.service", page)[0]
     verify(tmp_path, name, unit)
@@ -143,8 +144,10 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
 @pytest.mark.parametrize("worker_pool", CHOICES["worker_pool"])
 def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_pool):
     """In Procfile.dev, in the unit and in compose.yaml, it is the same command."""
-    page = render("docs/production.md", worker_pool=worker_pool)
-    procfile, unit, service = re.findall(r"^\| [^|]+ \| `([^`]*--queues reports[^`]*)`", page, re.M)
+    row = re.compile(r"^\| [^|]+ \| `([^`]*--queues reports[^`]*)`", re.M)
+    _, service = row.findall(render("docs/production.md", worker_pool=worker_pool))
+    page = render("docs/production.md", worker_pool=worker_pool, deployment="none")
+    procfile, unit = row.findall(page)
     command = procfile.removeprefix("reports: ")
     assert command == f"{re.findall(TABLE, page, re.M)[1]} --queues reports -n reports@%h"
 
