@@ -24,7 +24,7 @@ from durable_jobs.models import Job
 from durable_jobs.tasks import job
 from durable_jobs.worker import children
 from durable_jobs.worker.lease import recover
-from durable_jobs.worker.runs import process
+from durable_jobs.worker.runs import Run, process
 
 pytestmark = pytest.mark.django_db(transaction=True)
 NAMES = "prerun postrun success failure retry revoked".split()
@@ -82,6 +82,14 @@ def of(job):
 )
 def test_each_run_says_what_a_task_says(how, said):
     assert of(deliver(work.enqueue(how))) == said.split()
+
+
+def test_a_claim_that_fails_is_tried_once(monkeypatch):
+    claim = Mock(side_effect=ValueError)
+    monkeypatch.setattr(Run, "claim", claim)
+    job = work.enqueue()
+    assert claim.call_count == 1
+    assert of(job) == "prerun on_failure(ValueError) failure postrun(FAILURE)".split()
 
 
 def test_a_second_copy_of_a_message_says_nothing():

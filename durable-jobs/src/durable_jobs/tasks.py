@@ -374,6 +374,8 @@ class JobTask(Enqueueable[P], DjangoTask):
     def _receive(self, *args, **kwargs):
         """The __call__() of each task that is a job. `_call` is that of its class."""
         request, run = self.request, self._current_run
+        if error := getattr(request, "start_error", None):  # of trace()
+            raise error
         if run and not run.is_started:
             return run_and_write(run, args, kwargs)
         is_job = not request.called_directly and (fields_in(vars(request)) or not request.is_eager)

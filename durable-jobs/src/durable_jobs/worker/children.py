@@ -5,12 +5,12 @@ recovers the jobs of dead children.
 """
 
 import logging
-import signal as signals
 import threading
 import time
 import uuid
+from signal import SIGKILL, SIGTERM
 
-import celery.signals
+from celery import signals
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.worker import state
 from celery.worker.request import Request
@@ -30,7 +30,7 @@ class JobRequest(Request):
 
     def terminate(self, pool, signal=None):
         # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed().
-        super().terminate(pool, signals.SIGKILL if signal in (None, signals.SIGTERM) else signal)
+        super().terminate(pool, SIGKILL if signal in (None, SIGTERM) else signal)
 
     def on_timeout(self, soft, timeout):
         """Recover the job of a child that Celery kills at its time limit, without Celery's task_failure."""
@@ -87,12 +87,12 @@ def renew_leases_of_children():
 
 def watch_revokes(**kwargs):
     """Watch them in a worker only: elsewhere, cancel() looks whether anybody does."""
-    celery.signals.task_revoked.connect(free_slot_of_dead_child)
+    signals.task_revoked.connect(free_slot_of_dead_child)
 
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == signals.SIGKILL and process.is_prefork:
+    if terminated and signum == SIGKILL and process.is_prefork:
         recover_later(request.id, vars(request))
 
 

@@ -45,8 +45,8 @@ def trace(task, tracer, id, args, kwargs, request):
         if not connection.in_atomic_block:
             close_old_connections()
         return trace_ok_t(result, info, None, None)
-    except Exception:  # the same comes in execute(), where the tracer handles it
-        return tracer(id, args, kwargs, request)
+    except Exception as error:  # for the tracer, which handles what the task raises
+        return tracer(id, args, kwargs, {**request, "start_error": error})
     database.keep_open()
     try:
         with run:
