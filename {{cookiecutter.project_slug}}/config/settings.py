@@ -139,6 +139,14 @@ LOGIN_REDIRECT_URL = "index"
 LOGOUT_REDIRECT_URL = "index"
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
+# With a hash in their names, browsers keep static files until they change.
+static_storage = "whitenoise.storage.CompressedManifestStaticFilesStorage"
+if DEBUG:  # works without `manage.py collectstatic`
+    static_storage = "django.contrib.staticfiles.storage.StaticFilesStorage"
+STORAGES = {
+    "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
+    "staticfiles": {"BACKEND": static_storage},
+}
 DATABASES = {"default": database}
 if database["ENGINE"] == "django.db.backends.sqlite3":
     database["NAME"] = BASE_DIR / database["NAME"]
