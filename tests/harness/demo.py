@@ -83,7 +83,7 @@ def run_tasks(site):
 
 
 def kill_worker(site):
-    for pid in site.find("celery.* worker"):
+    for pid in site.find("bin/celery.* worker"):
         os.kill(pid, signal.SIGKILL)
 
 
