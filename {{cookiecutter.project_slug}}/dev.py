@@ -38,22 +38,21 @@ def main():
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *args: stop.set())
-    processes = []
+    procfile, processes = Path("Procfile.dev").read_text(), []
     try:
 {% for server in servers %}
         processes += start_{{ server.name }}()
 {% endfor %}
-        # honcho must not read .env, or its values would override those of the environment.
+        # Without .env, whose values would override the environment's. In its own session it doesn't
+        # get Ctrl-C, so `finally` can stop it first, then the broker.
         command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
-        # In its own session it doesn't get Ctrl-C, so `finally` can stop honcho first, then the broker.
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         honcho = subprocess.Popen(command, **pipes, start_new_session=True)
         processes.insert(0, honcho)
-        threading.Thread(target=copy_output, args=[honcho.stdout], daemon=True).start()
-        lines = Path("Procfile.dev").read_text()
-        watched = re.sub(": (celery .* (worker|beat))", r": exec python dev.py \1", lines)
-        with honcho.stdin as procfile:
-            procfile.write(watched.encode())
+        threading.Thread(target=copy, args=[honcho.stdout], daemon=True).start()
+        watched = re.sub(": (celery .* (worker|beat))", r": exec python dev.py \1", procfile)
+        with honcho.stdin as file:
+            file.write(watched.encode())
         while not stop.wait(0.1):
             if honcho.poll() is not None:
                 sys.exit("A process exited, so the rest were stopped; see the log above.")
@@ -66,7 +65,7 @@ def main():
             process.wait()
 
 
-def copy_output(output):
+def copy(output):
     """Print honcho's output. honcho itself would not end after its terminal was closed."""
     for line in output:
         with suppress(OSError):
@@ -76,7 +75,7 @@ def copy_output(output):
 def watch(*command):
     """Run a command, and again when it has ended or the code has changed.
 
-    Django's autoreload would kill a worker that is still giving back its tasks.
+    It compares the times of files, because a container gets no events from a folder that it mounts.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` stops the process
     while True:
@@ -93,11 +92,7 @@ def watch(*command):
 
 
 def read_code():
-    """Return when the project's code and templates were modified, {file: seconds}.
-
-    The caller polls, because a container gets no events for changes in a folder that it mounts.
-    """
-    with suppress(OSError):  # a file or folder was just removed: None is a change too
+    with suppress(OSError):  # a file was just removed: None is a change, too
         files = (file for file in Path().glob("[!.]*/**/[!.]*") if file.suffix in (".py", ".html"))
         return {file: file.stat().st_mtime for file in files}
 

@@ -282,7 +282,7 @@ def test_a_port_in_use_is_named(project):
 
 @default_output
 def test_make_run_starts_no_broker_for_another_host(project):
-    with pytest.raises(AssertionError, match="Can't reach Redis at redis://127.0.0.2:1"):
+    with pytest.raises(AssertionError, match="Can't reach Redis at 127.0.0.2:1"):
         web, flower = free_ports(2)
         url = "redis://127.0.0.2:1/0"
         project.call("make", "run", PORT=web, FLOWER_PORT=flower, CELERY_BROKER_URL=url)
@@ -421,10 +421,11 @@ def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
         with pytest.raises(ConnectionRefusedError):  # it listens on no other address
             socket.create_connection(("127.0.0.2", port))
 
-    flower = typed(project, command, variables={**variables, "FLOWER_BASIC_AUTH": ""})
-    flower.launch()
-    assert flower.wait() == 1
-    assert "set FLOWER_BASIC_AUTH=user:password" in flower.printed
+    for users in "", "admin:change-me", "me:secret,admin:":
+        flower = typed(project, command, variables={**variables, "FLOWER_BASIC_AUTH": users})
+        flower.launch()
+        assert flower.wait() == 1
+        assert "set FLOWER_BASIC_AUTH=user:password" in flower.printed
 
 
 @default_output
