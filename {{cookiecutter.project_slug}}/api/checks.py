@@ -1,14 +1,10 @@
-{% from "chosen.jinja" import has_kubernetes, has_flower with context %}
 """Checks of the settings for `manage.py check --deploy`."""
 
-{% if has_kubernetes %}
 from pathlib import Path
 
 from django.apps import apps
-{% endif %}
 from django.conf import settings
-from django.core.checks import {{ "Error, " if has_flower }}{{ "Warning, " if has_kubernetes }}register
-{% if has_kubernetes %}
+from django.core.checks import Warning, register
 from django.db.models import FileField
 
 
@@ -24,17 +20,3 @@ def check_uploads(app_configs, **kwargs):
                 hint="Use S3, or a folder that the web server and all workers share.",
                 id="api.W007",
             )
-{% endif %}
-{% if has_flower %}
-
-
-@register(deploy=True)
-def check_flower(app_configs, **kwargs):
-    users = settings.FLOWER_BASIC_AUTH.split(",")
-    if any(user.partition(":")[2] in ("", "change-me") for user in users):
-        yield Error(
-            "FLOWER_BASIC_AUTH needs a password: anyone who reaches Flower can see and revoke tasks.",
-            hint="Set it to user:password. If you don't run Flower, silence this check.",
-            id="api.E002",
-        )
-{% endif %}

@@ -36,7 +36,6 @@ one_for_each_ci = outputs(*OUTPUTS[: len(CIS)])
 FILES = {  # that only this choice writes
     "github": {
         ".github/workflows/ci.yml",
-        ".github/workflows/template-updates.yml",
         ".github/dependabot.yml",
     },
     "gitlab": {".gitlab-ci.yml", "renovate.json"},

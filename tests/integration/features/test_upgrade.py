@@ -10,10 +10,9 @@ import shlex
 import shutil
 
 import pytest
-import yaml
 
 from harness.bake import ADDRESS, TEMPLATE
-from harness.project import Project, env
+from harness.project import Project
 
 PARTS = ["cookiecutter.json", "hooks", "templates", "{{cookiecutter.project_slug}}"]
 PAGE = (TEMPLATE / "docs/upgrading.md").read_text("utf-8")
@@ -22,11 +21,6 @@ ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": 
 # The same at the prompts, in the order of the options: the second broker, the second answer.
 TYPED = ["Tea Shop", *[""] * 4, "2", *[""] * 6, "2"]
 SETTINGS = "config/settings.py"
-GH = """#!/bin/sh
-echo "$1 $2" >> {folder}/calls
-touch {folder}/issues
-if [ "$2" = list ]; then cat {folder}/issues; else echo open > {folder}/issues; fi
-"""
 OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
 TEMPLATES = '"TASK_TIME_LIMIT", 600', '"TASK_TIME_LIMIT", 500'
 
@@ -154,25 +148,3 @@ def test_a_replay_file_without_a_new_option_needs_a_terminal(template, tmp_path)
         template.call("sh", "-c", f"{replay} < /dev/null")
     template.call("sh", "-c", f"echo | {replay}")
     assert (template / "again/tea_shop").exists()
-
-
-def test_the_weekly_job_opens_one_issue_when_the_template_has_news(template, tmp_path):
-    project, calls = created(template, tmp_path), tmp_path / "calls"
-    job = yaml.safe_load(project.read(".github/workflows/template-updates.yml"))["jobs"]["check"]
-    step = job["steps"][-1]
-    for tool, text in {"gh": GH.format(folder=tmp_path), "pip": "#!/bin/sh\n"}.items():
-        (tmp_path / tool).write_text(text)
-        (tmp_path / tool).chmod(0o755)
-
-    def run():
-        variables = {"PATH": f"{tmp_path}:{env()['PATH']}", "TITLE": step["env"]["TITLE"]}
-        project.call("bash", "-e", "-c", step["run"], **variables, BODY="")
-        return calls.read_text().splitlines() if calls.exists() else []
-
-    assert run() == []
-    (template / "{{cookiecutter.project_slug}}").edit(SETTINGS, *TEMPLATES)
-    template.commit()
-    assert run() == ["issue list", "issue create"]
-    assert run() == ["issue list", "issue create", "issue list"]
-    (project / ".cruft.json").unlink()
-    assert len(run()) == 3

@@ -13,9 +13,6 @@ from urllib.parse import quote
 import pytest
 from axes.models import AccessLog
 from celery.app.utils import filter_hidden_settings
-{% if has_flower %}
-from django.core.checks import run_checks
-{% endif %}
 from django.db import OperationalError, connection
 from durable_jobs.tasks import job
 
@@ -43,22 +40,6 @@ def test_each_scheduled_task_exists():
     assert {entry["task"] for entry in app.conf.beat_schedule.values()} <= set(app.tasks)
 
 
-{% if has_flower %}
-def messages_of(identity):
-    """Return what the checks of api/checks.py say under this id."""
-    messages = run_checks(include_deployment_checks=True)
-    return [message for message in messages if message.id == identity]
-
-
-@pytest.mark.parametrize("users", ["", "admin", "admin:", "admin:change-me", "me:secret,admin:"])
-def test_the_checks_find_a_flower_without_a_password(settings, users):
-    settings.FLOWER_BASIC_AUTH = "me:secret"
-    assert not messages_of("api.E002")
-    settings.FLOWER_BASIC_AUTH = users
-    assert messages_of("api.E002")
-
-
-{% endif %}
 def test_requests_are_limited_unless_the_cache_is_unavailable(api, monkeypatch):
     def refuse(*args, **kwargs):
         raise ConnectionError("connection refused")
