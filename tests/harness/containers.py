@@ -117,7 +117,7 @@ class ComposeStack(Site):
         user = self.user()
         assert f"{self.web}/    {user['USERNAME']} / {user['PASSWORD']}" in printed
         assert not self.has_flower or self.flower in printed
-        self.token = re.findall("token ([0-9a-f]{40})", printed)[-1]
+        self.token = re.findall("Token ([0-9a-f]{40})", printed)[-1]
 
     def up(self, *options):
         """Start what has ended, without a build."""
