@@ -1,10 +1,13 @@
 """durable_jobs.testing: jobs run in the test's own process."""
 
+import time
+
 import pytest
-from celery import shared_task
+from celery import current_app, shared_task
+from celery.contrib.testing.worker import start_worker
 from helpers import add, free, retry_once
 
-from durable_jobs import messages, pauses, publish
+from durable_jobs import pauses, publish
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
@@ -59,8 +62,13 @@ def test_run_jobs_returns_although_a_job_is_paused(run_jobs):
 
 
 @pytest.mark.live
-def test_a_live_test_sends_messages():
-    assert messages.send_one.__module__ == messages.__name__
+def test_a_live_test_may_start_a_worker_as_celery_documents_it(transactional_db):
+    with start_worker(current_app, perform_ping_check=False):
+        enqueue(add, [1, 2])
+        deadline = time.monotonic() + 60
+        while states() != ["succeeded"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 def test_an_error_of_a_plain_task_is_raised():

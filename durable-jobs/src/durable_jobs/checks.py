@@ -96,7 +96,7 @@ def check_options(app_configs, **kwargs):
         if task.serializer != "json":
             yield Warning(
                 f"{name} has the serializer {task.serializer}, but the arguments of jobs are JSON: a call with others raises TypeError.",
-                hint="Pass what JSON can hold, such as primary keys. Then remove the serializer from the task or the settings.",
+                hint='Pass what JSON can hold, such as primary keys, and write @job(serializer="json").',
                 id="durable_jobs.W012",
             )
         if task.rate_limit:
