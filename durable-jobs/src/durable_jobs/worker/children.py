@@ -5,10 +5,10 @@ recovers the jobs of dead children.
 """
 
 import logging
+import signal as os_signal
 import threading
 import time
 import uuid
-from signal import SIGKILL, SIGTERM
 
 from celery import signals
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
@@ -30,7 +30,9 @@ class JobRequest(Request):
 
     def terminate(self, pool, signal=None):
         # After SIGTERM, a child with a job would wait 5 s for a shutdown: see child_has_crashed().
-        super().terminate(pool, SIGKILL if signal in (None, SIGTERM) else signal)
+        super().terminate(
+            pool, os_signal.SIGKILL if signal in (None, os_signal.SIGTERM) else signal
+        )
 
     def on_timeout(self, soft, timeout):
         """Recover the job of a child that Celery kills at its time limit, without Celery's task_failure."""
@@ -92,7 +94,7 @@ def watch_revokes(**kwargs):
 
 def free_slot_of_dead_child(request, terminated, signum, **kwargs):
     """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == SIGKILL and process.is_prefork:
+    if terminated and signum == os_signal.SIGKILL and process.is_prefork:
         recover_later(request.id, vars(request))
 
 
