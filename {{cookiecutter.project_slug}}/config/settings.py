@@ -141,6 +141,7 @@ STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
 # With a hash in their names, browsers keep static files until they change.
 static_storage = "whitenoise.storage.CompressedManifestStaticFilesStorage"
+WHITENOISE_KEEP_ONLY_HASHED_FILES = True
 if DEBUG:  # works without `manage.py collectstatic`
     static_storage = "django.contrib.staticfiles.storage.StaticFilesStorage"
 STORAGES = {
