@@ -18,6 +18,7 @@ from harness.bake import (
     LIBRARY,
     PINNED,
     STEADY,
+    TEMPLATE,
     WITH_JOBS,
     baked,
     chosen,
@@ -460,7 +461,7 @@ def test_each_process_has_the_same_time_to_stop(render):
     """In a pod, in a container and under a supervisor: more than the process itself takes."""
     project, documents = render()
     soft = re.search(r'"SOFT_SHUTDOWN_SECONDS", (\d+)', project.read("config/settings.py"))
-    page = project.read("docs/production.md")
+    page = (TEMPLATE / "templates/deployment/none.md").read_text()
     seconds = int(re.search(r"TimeoutStopSec=(\d+)", page)[1])
     assert seconds >= int(soft[1]) + 10
     compose = yaml.safe_load(project.read("compose.yaml"))["x-app"]

@@ -88,6 +88,7 @@ def stack(request, cookies_session, tmp_path_factory, database):
     )
     stack = prepare(project, broker, folder, database, **TIMINGS)
     project.append("config/settings.py", SETTINGS)
+    project.manage("collectstatic", "-v0", "--noinput", DEBUG="False")  # the admin needs its files
     stack.processes = [stack.other]
     with started(stack):
         yield stack
