@@ -11,7 +11,7 @@ from celery import Celery
 from celery.contrib.testing.worker import start_worker
 from kombu import Connection, Consumer, Queue
 from redis.exceptions import ResponseError
-from servers import LIMIT
+from servers import LIMIT, until
 
 from celery_steady.redis import DELIVERIES, STOCK, release_countdowns
 
@@ -143,7 +143,8 @@ def test_an_inspection_gets_its_replies_in_time(redis):
     app = Celery(broker=redis.url, set_as_current=False)
     app.conf.update(broker_transport=redis.transport)
     with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT) as worker:
-        [replies] = app.control.ping(timeout=LIMIT / 2, limit=1)
+        # It may not listen yet, and then gets no ping.
+        [replies] = until(lambda: app.control.ping(timeout=LIMIT / 6, limit=1), "a reply")
         assert replies == {worker.hostname: {"ok": "pong"}}
 
 

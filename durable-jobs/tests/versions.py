@@ -21,6 +21,10 @@ SINCE = {
         ("kombu", (5, 6)),
         "the extension is off",
     ),
+    "test_rabbitmq_confirms_a_batch_of_messages_together": (
+        ("kombu", (5, 7)),
+        "the extension is off",
+    ),
     "test_the_reference_lists_each_public_member_of_a_class_and_no_other[durable_jobs.tasks]": (
         ("celery", (5, 7)),
         "retry_on_worker_lost is not yet an attribute of Celery's tasks",
