@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from celery import current_app, shared_task
+from celery import current_app, shared_task, signals
 from celery.contrib.testing.worker import start_worker
 from helpers import add, free, retry_once
 
@@ -61,8 +61,20 @@ def test_run_jobs_returns_although_a_job_is_paused(run_jobs):
     assert states() == ["queued"]
 
 
+@pytest.fixture
+def unchanged_logging():
+    """A worker would set the level of all loggers, unless this signal has a receiver."""
+
+    def receiver(**kwargs):
+        pass
+
+    signals.setup_logging.connect(receiver)
+    yield
+    signals.setup_logging.disconnect(receiver)
+
+
 @pytest.mark.live
-def test_a_live_test_may_start_a_worker_as_celery_documents_it(transactional_db):
+def test_a_live_test_may_start_a_worker_as_celery_documents_it(transactional_db, unchanged_logging):
     with start_worker(current_app, perform_ping_check=False):
         enqueue(add, [1, 2])
         deadline = time.monotonic() + 60
