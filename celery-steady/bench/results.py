@@ -59,12 +59,12 @@ def table(headings, rows):
 
 
 def measured(rows):
-    """Return a line for each machine, commit and day."""
-    lines = []
+    """Return a line for each machine and its versions, with the days. The files have the commits."""
+    days = {}
     for row in rows:
         found = ", ".join(f"{name}=={number}" for name, number in row["versions"].items())
-        lines.append(f"{row['date']}, commit {row['commit']}, {row['machine']}, {found}.")
-    return list(dict.fromkeys(lines))
+        days.setdefault(f"{row['machine']}, {found}.", {})[row["date"]] = None
+    return [f"{' and '.join(dates)}, {rest}" for rest, dates in days.items()]
 
 
 def quote(text, name, quoted):

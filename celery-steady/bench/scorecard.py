@@ -58,11 +58,11 @@ def by_stock(row):
 
 PAGE = """# Scorecard
 
-What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. 100 tasks a second were sent, on SQS (moto) 10; each fifth had a countdown, each tenth was retried. A task that was not accepted, because the broker was away, doesn't count. With "both", a worker of each kind ran side by side, as during an upgrade, and was stopped and replaced by one of the other kind.
+What became of tasks while their workers were killed (`kill -9`), their broker was stopped or killed and started again, and all its connections were closed. Stock Celery, too, has late acknowledgment, `task_reject_on_worker_lost` and a short visibility timeout. 100 tasks a second were sent, on SQS (moto) 10; each fifth had a countdown, each tenth was retried. A task that was not accepted doesn't count; runs of stock Celery took longer. With "both", a worker of each kind ran side by side, and was stopped and replaced by one of the other kind.
 
-A task is interrupted, and runs again, if its worker is killed before it has acknowledged it; on RabbitMQ, also if its worker has lost its connection. If a connection is lost while a worker sends a retry, it gets no answer, and sends it again; on SQS, botocore does so for each sender.
+A task is interrupted, and runs again, if its worker is killed before it has acknowledged it; on RabbitMQ, also if its worker has lost its connection. A retry that gets no answer is sent again; on SQS, botocore does so for each sender.
 
-[bench/scorecard.py](../bench/scorecard.py) counts it and writes this page: `make scorecard`. [scorecard.json](scorecard.json) has all that it counted.
+[bench/scorecard.py](../bench/scorecard.py) writes this page: `make scorecard`. [scorecard.json](scorecard.json) has all that it counted.
 """
 AWS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
 AWS["AWS_DEFAULT_REGION"] = "eu-central-1"

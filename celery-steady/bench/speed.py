@@ -28,9 +28,9 @@ TURNS = 3
 KINDS = "celery-steady", "stock Celery"
 PAGE = f"""# Speed on Redis
 
-One worker with two processes runs tasks that do nothing. celery-steady and stock Celery take turns, because no machine is quiet: the figures are medians of {TURNS} turns, and the last column is the median of the turns' ratios.
+One worker with two processes runs tasks that do nothing. celery-steady and stock Celery take turns: the figures are medians of {TURNS} turns, and the last column is the median of the turns' ratios.
 
-[bench/speed.py](../bench/speed.py) measures it and writes this page: `make bench`. [speed.json](speed.json) has each turn.
+[bench/speed.py](../bench/speed.py) writes this page: `make bench`. [speed.json](speed.json) has each turn.
 """
 COLUMNS = {
     "": "what",

@@ -1,4 +1,4 @@
-"""The two lines of celery-steady's README, in projects that weren't made from this template."""
+"""The settings in celery-steady's README, in projects that weren't made from this template."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from harness.servers import Redis
 from test_wheel import STEADY_WHEEL
 
 README = (STEADY / "README.md").read_text("utf-8")
-TWO_LINES = code(README, "\nworker_consumer")
+SETTINGS = code(README, "\nworker_consumer")
 DJANGO_LINES = code(README, "CELERY_BROKER_TRANSPORT")
 RECOVERED_WITHIN = 150  # seconds, with the defaults
 # Notes each start, and doesn't end.
@@ -46,7 +46,7 @@ def bare(tmp_path):
     project = Project(tmp_path / "bare")
     project.mkdir()
     environment(project, "celery[redis]")
-    (project / "celeryconfig.py").write_text(f"{TWO_LINES}\ntask_acks_late = True\n")
+    (project / "celeryconfig.py").write_text(SETTINGS)
     app = 'from celery import Celery\n\napp = Celery("tasks", config_source="celeryconfig")\n'
     (project / "tasks.py").write_text(app + TASKS.format(decorator="app.task"))
     return project
@@ -62,7 +62,7 @@ def cookiecutter_django(tmp_path):
     # What its requirements for production bring, without those that need a compiler
     more = "celery[redis]", "psycopg[binary]"
     environment(project, "-r", project / "requirements/base.txt", *more, python="3.13")
-    own = 'from .base import *\nSECRET_KEY = "secret"\nCELERY_TASK_ACKS_LATE = True\n'
+    own = 'from .base import *\nSECRET_KEY = "secret"\n'
     (project / "config/settings/steady.py").write_text(own + DJANGO_LINES)
     project.append("shop/users/tasks.py", TASKS.format(decorator="shared_task"))
     return project
