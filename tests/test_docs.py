@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import runpy
+import shlex
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -76,6 +77,13 @@ def test_each_promise_of_a_readme_has_a_test_that_a_table_names():
     for page, promises in proofs().items():
         assert promises and all(promises.values())  # a mark with other words is a KeyError
         assert pages()[page] == page.read_text("utf-8")
+
+
+def test_the_quick_start_of_durable_jobs_installs_all_that_it_needs(tmp_path):
+    page = (LIBRARY / "README.md").read_text("utf-8")
+    packages = re.search("^pip install (.+)", page, re.M)[1].replace("CLONE", str(TEMPLATE))
+    install = ["uv", "pip", "install", "--dry-run", "--target", "."]
+    Project(tmp_path).run(*install, *shlex.split(packages))
 
 
 def test_pages_quote_what_was_measured(monkeypatch):

@@ -23,6 +23,7 @@ from settings import app as app_of_tests
 
 from durable_jobs import checks, conf, messages
 from durable_jobs.celery import Celery
+from durable_jobs.tasks import job
 from durable_jobs.worker.consumer import Consumer
 
 pytestmark = pytest.mark.django_db
@@ -196,6 +197,19 @@ def test_the_checks_find_a_task_class_whose_methods_jobs_do_not_call(monkeypatch
     assert found_by_checks() == {"durable_jobs.W011"}
 
 
+def test_a_task_class_that_jobs_have_as_their_base_is_no_finding(monkeypatch):
+    kind = type("Own", (app.Task,), {"__call__": lambda self: None})
+    monkeypatch.setattr(app._get_current_object(), "Task", kind)
+
+    @job(base=kind)
+    def with_base(self):
+        pass
+
+    monkeypatch.setattr(checks, "job_names", lambda: [with_base.name])
+    assert found_by_checks() == set()
+    app.tasks.unregister(with_base.name)
+
+
 def test_the_checks_find_a_queue_without_workers(monkeypatch):
     assert found_by_checks() == set()
     monkeypatch.setattr(add, "queue", "other", raising=False)
@@ -205,8 +219,10 @@ def test_the_checks_find_a_queue_without_workers(monkeypatch):
 def test_the_checks_find_a_job_whose_arguments_are_not_json(monkeypatch):
     monkeypatch.setattr(app.tasks["helpers.plain"], "serializer", "pickle")
     assert found_by_checks() == set()
-    monkeypatch.setattr(add, "serializer", "pickle")
-    assert found_by_checks() == {"durable_jobs.W012"}
+    for name in checks.job_names()[:2]:
+        monkeypatch.setattr(app.tasks[name], "serializer", "pickle")
+    [found] = [found for found in run_checks() if found.id == "durable_jobs.W012"]
+    assert all(name in found.msg for name in checks.job_names()[:2])
 
 
 def test_the_checks_find_a_rate_that_each_worker_counts_for_itself(monkeypatch):

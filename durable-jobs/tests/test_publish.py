@@ -2,11 +2,12 @@
 
 import time
 from contextlib import nullcontext
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from unittest.mock import Mock
 
 import pytest
 from celery import current_app as app
+from celery import signals
 from celery.app import routes
 from django.db import OperationalError, transaction
 from helpers import add, deliver, of_job, run_of, seconds_until_due
@@ -70,6 +71,22 @@ def test_the_priority_of_a_route_reaches_the_broker(sent_messages, monkeypatch):
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
     messages.send([enqueue(add, [1, 2], countdown=9)])
     assert (sent_messages[0]["priority"], sent_messages[0]["routing_key"]) == (7, "celery")
+
+
+def test_receivers_and_routers_get_the_arguments_of_the_caller(sent_messages, monkeypatch):
+    got, when = [], datetime.now(UTC)
+
+    def receive(body, **kwargs):
+        got.append(body[0][0])
+
+    def route(name, args, kwargs, options, **more):
+        got.append(args[0])
+
+    monkeypatch.setattr(app.amqp.router, "routes", routes.prepare(route))
+    signals.before_task_publish.connect(receive)
+    messages.send([enqueue(add, [when, 2])])
+    signals.before_task_publish.disconnect(receive)
+    assert got == [when] * 3  # enqueue() routes and calls the receiver, send() routes again
 
 
 # The broker refuses, or is unavailable

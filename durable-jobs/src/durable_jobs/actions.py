@@ -6,15 +6,13 @@ from operator import attrgetter
 from celery.utils.functional import chunks
 from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
-from kombu.utils.json import loads
 
 from durable_jobs import admission, hooks, transitions
 from durable_jobs.database import Now
 from durable_jobs.enqueue import CHUNK, active_with, call_fields, insert, send_after_commit, times
-from durable_jobs.messages import find_task, new_headers
+from durable_jobs.messages import arguments_of, find_task, new_headers
 from durable_jobs.models import Job
 from durable_jobs.states import UNFINISHED
-from durable_jobs.validation import to_json
 
 __all__ = ["cancel", "run_again"]
 
@@ -94,8 +92,7 @@ def fields_to_run_again(job):
         raise ValueError("it was cancelled but is still running: try again when it has ended")
     if (task := find_task(job.task)) is None:
         raise ValueError(f"there is no task {job.task}")
-    # As the task function gets them: with datetimes and UUIDs.
-    args, kwargs = loads(to_json([job.args, job.kwargs]))
+    args, kwargs = arguments_of(job)
     options = {"label": job.label, "queue": job.queue, "results_of": job.results_of}
     fields = call_fields(task, args, kwargs, **options)
     # It follows the batch whose results it gets, because the purge keeps these for what follows the batch.

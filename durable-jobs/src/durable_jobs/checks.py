@@ -91,17 +91,17 @@ def check_queues(app_configs, **kwargs):
 @register()
 def check_options(app_configs, **kwargs):
     """Check the serializer and the rate limit of each job, and each limit that is a text."""
-    for name in job_names():
-        task = current_app.tasks[name]
-        if task.serializer != "json":
-            yield Warning(
-                f"{name} has the serializer {task.serializer}, but the arguments of jobs are JSON: a call with others raises TypeError.",
-                hint='Pass what JSON can hold, such as primary keys, and write @job(serializer="json").',
-                id="durable_jobs.W012",
-            )
+    tasks = [current_app.tasks[name] for name in job_names()]
+    if names := [task.name for task in tasks if task.serializer != "json"]:
+        yield Warning(
+            f"The arguments of jobs are JSON, a call with others raises TypeError, and the serializer is another one for {', '.join(names)}.",
+            hint='Pass primary keys, or types that you register with kombu.utils.json.register_type(), and write @job(serializer="json").',
+            id="durable_jobs.W012",
+        )
+    for task in tasks:
         if task.rate_limit:
             yield Warning(
-                f"{name} has rate_limit={task.rate_limit!r}: each worker applies it separately, and takes no other jobs while it holds delayed ones.",
+                f"{task.name} has rate_limit={task.rate_limit!r}: each worker applies it separately, and takes no other jobs while it holds delayed ones.",
                 hint='Use limit="name" instead, and put the rate into DURABLE_JOBS["LIMITS"].',
                 id="durable_jobs.W008",
             )
@@ -110,7 +110,7 @@ def check_options(app_configs, **kwargs):
                 limits.check_key(task.limit)
         except ValueError as error:
             yield Error(
-                f"{name}: {error}.",
+                f"{task.name}: {error}.",
                 hint='Write DURABLE_JOBS = {"LIMITS": {"openai": "5, 60/min"}} and limit="openai".',
                 id="durable_jobs.E006",
             )
@@ -156,10 +156,13 @@ def check_periodic_tasks(app_configs, databases=None, **kwargs):
 @register()
 def check_task_class(app_configs, **kwargs):
     """Check that the app has no class of tasks whose methods jobs would not call."""
-    for method in ("__call__", "apply_async"):
-        if getattr(current_app.Task, method) is not getattr(DjangoTask, method):
+    jobs = [current_app.tasks[name] for name in job_names()]
+    for method, own in ("__call__", "_call"), ("apply_async", "apply_async"):
+        missed = getattr(current_app.Task, method)
+        names = [job.name for job in jobs if getattr(type(job), own) is not missed]
+        if names and missed is not getattr(DjangoTask, method):
             yield Warning(
-                f"Jobs do not call {method}() of your app's task class.",
+                f"{method}() of your app's task class is not called for {', '.join(names)}.",
                 hint="Name the class in @job(base=…), or add headers in a receiver of before_task_publish.",
                 id="durable_jobs.W011",
             )

@@ -7,10 +7,9 @@ from celery import current_app
 from celery.app.trace import build_tracer
 from django.db import connection
 from django.db.models import QuerySet
-from kombu.utils.json import dumps, loads
 
 from durable_jobs.database import Now, in_transaction
-from durable_jobs.messages import find_task, message_of
+from durable_jobs.messages import arguments_of, find_task, message_of
 from durable_jobs.models import Job
 
 __all__ = ["run_jobs"]
@@ -46,7 +45,7 @@ def run_queued(jobs, tried):
 def run(job):
     """Run a job as a worker does that gets its message."""
     task, headers = find_task(job.task), message_of(job).headers
-    args, kwargs = loads(dumps([job.args, job.kwargs]))
+    args, kwargs = arguments_of(job)
     # Celery's task.apply() would not call apply_async() for a retry.
     trace = task._traced_by(build_tracer(task.name, task, app=current_app, eager=True))
     # Eager: nobody closes the connection, on which a test's transaction may be open.

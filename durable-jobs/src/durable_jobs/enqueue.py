@@ -225,7 +225,7 @@ def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
     label = str(label or "")
     to_json(label)  # may raise ValueError
     check_text("queue", queue or None)
-    queue = queue or queue_of(task, args, kwargs)
+    queue = queue or queue_of(task, *arguments)
     fields = {"task": task.name, "args": args[1:] if results_of else args, "kwargs": kwargs}
     fields |= {"label": label[:MAX_LABEL], "queue": queue, "results_of": results_of}
     return {**fields, "limit_key": limits.key_of(task, *arguments)}

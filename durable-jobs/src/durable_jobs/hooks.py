@@ -8,9 +8,8 @@ from billiard.einfo import ExceptionInfo
 from celery import signals
 from celery.app.task import Context
 from django.db import transaction
-from kombu.utils.json import dumps, loads
 
-from durable_jobs.messages import MESSAGE_FIELDS, find_task, message_of
+from durable_jobs.messages import MESSAGE_FIELDS, arguments_of, find_task, message_of
 from durable_jobs.models import Job
 
 logger = logging.getLogger(__name__)
@@ -20,7 +19,7 @@ logger = logging.getLogger(__name__)
 def requested(job):
     """Yield the task of this job, and its request, which is self.request meanwhile. No task: yield None."""
     task = find_task(job.task)
-    args, kwargs = loads(dumps([job.args, job.kwargs]))
+    args, kwargs = arguments_of(job)
     request = Context(message_of(job).headers, args=args, kwargs=kwargs, called_directly=False)
     if task is None:  # this code no longer has it
         yield None, request

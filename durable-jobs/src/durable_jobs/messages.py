@@ -8,6 +8,7 @@ from threading import RLock
 from celery import current_app, signals
 from celery.exceptions import OperationalError
 from django.apps import apps
+from kombu.utils.json import dumps, loads
 
 from durable_jobs.validation import to_json
 
@@ -50,7 +51,9 @@ def send_one(job, producer, is_declared=False):
     task, amqp, conf = find_task(job.task), current_app.amqp, current_app.conf
     # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
     options = {"queue": job.queue, "priority": getattr(task, "priority", None)}
-    options = amqp.router.route(options, job.task, job.args, job.kwargs)
+    # Only with the task's module does a process know types that the project has registered.
+    arguments = arguments_of(job) if task else (job.args, job.kwargs)
+    options = amqp.router.route(options, job.task, *arguments)
     properties["priority"] = options.get("priority") or 0
     if conf.task_publish_retry:
         # Once, for a connection that was lost. Then the sweeper sends it: without end, as projects retry plain tasks in
@@ -61,6 +64,11 @@ def send_one(job, producer, is_declared=False):
     declare = [] if is_declared else [queue]
     # To the default exchange, which knows each queue by its name
     producer.publish(body, routing_key=queue.name, declare=declare, headers=headers, **properties)
+
+
+def arguments_of(job):
+    """Return the arguments as the task function gets them: with datetimes and UUIDs."""
+    return loads(dumps([job.args, job.kwargs]))
 
 
 def message_of(job):
@@ -89,7 +97,8 @@ def new_headers(job):
     """
     if not (signals.before_task_publish.receivers or signals.after_task_publish.receivers):
         return job.headers
-    headers, properties, body, _ = message_of(job)
+    headers, properties, (*_, embedded), _ = message_of(job)
+    body = (*arguments_of(job), embedded)
     before, more = dict(headers), {"properties": properties, "declare": [], "retry_policy": {}}
     sent = {"sender": job.task, "body": body, "headers": headers, "exchange": ""}
     signals.before_task_publish.send(**sent, routing_key=job.queue, **more)
