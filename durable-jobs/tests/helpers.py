@@ -12,6 +12,7 @@ from queue import SimpleQueue
 import pytest
 from celery import current_app, shared_task
 from celery.app.task import Context
+from celery.app.trace import build_tracer
 from django.contrib.admin.models import LogEntry
 from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
@@ -69,6 +70,12 @@ def deliver(job):
     publish.publish([job])
     job.refresh_from_db()
     return job
+
+
+def receive(task, headers, args=()):
+    """Let a task handle a message with these headers as a worker's process does. Return what Celery gets."""
+    trace = task._traced_by(build_tracer(task.name, task, app=current_app))
+    return trace(headers["id"], args, {}, {"hostname": "here", **headers})
 
 
 def claim_and_lapse(job, limit=60):

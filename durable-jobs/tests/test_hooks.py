@@ -13,7 +13,7 @@ from celery.fixups.django import DjangoWorkerFixup
 from celery_steady.django import check_connections
 from django.db import connection
 from django.db.backends.base.base import BaseDatabaseWrapper
-from helpers import claim_and_lapse, deliver
+from helpers import claim_and_lapse, deliver, receive
 
 from durable_jobs import publish
 from durable_jobs.actions import cancel
@@ -22,7 +22,7 @@ from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.messages import message_of
 from durable_jobs.models import Job
 from durable_jobs.tasks import job
-from durable_jobs.worker import children
+from durable_jobs.worker import children, startup
 from durable_jobs.worker.lease import recover
 from durable_jobs.worker.runs import Run, process
 
@@ -168,20 +168,17 @@ def test_a_job_costs_one_connection(monkeypatch, published, reuse):
     monkeypatch.setitem(connection.settings_dict, "CONN_MAX_AGE", 0)
     fixup = DjangoWorkerFixup(app)
     fixup.db_reuse_max = reuse
-    receivers = [check_connections, fixup.on_task_prerun, fixup.on_task_postrun]
-    for receiver in receivers[:2]:
-        signals.task_prerun.connect(receiver)
-    signals.task_postrun.connect(receivers[2])
+    monkeypatch.setattr(app, "_fixups", [SimpleNamespace(worker_fixup=fixup), None])
+    for signal in signals.task_prerun, signals.task_postrun:
+        monkeypatch.setattr(signal, "receivers", [*signal.receivers])
+    signals.task_prerun.connect(check_connections)
+    signals.task_prerun.connect(fixup.on_task_prerun)
+    signals.task_postrun.connect(fixup.on_task_postrun)
+    startup.keep_connections(app)
     job = work.enqueue()
     connection.close()
     opened.clear()
-    trace = work._traced_by(build_tracer(work.name, work, app=app))
-    try:
-        trace(str(job.pk), [], {}, {**message_of(job).headers, "hostname": "here"})
-    finally:
-        for receiver in receivers:
-            signals.task_prerun.disconnect(receiver)
-            signals.task_postrun.disconnect(receiver)
+    receive(work, message_of(job).headers)
     assert len(opened) == 1
     job.refresh_from_db()
     assert job.state == "succeeded"

@@ -3,12 +3,13 @@
 import uuid
 
 import pytest
-from helpers import act, add, claim, claim_and_lapse, deliver, lapse, of_job, run, run_of
+from helpers import act, add, claim, claim_and_lapse, deliver, lapse, receive, run, run_of
 
 from durable_jobs import publish, transitions
 from durable_jobs.actions import cancel
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
+from durable_jobs.messages import message_of
 from durable_jobs.models import Job
 from durable_jobs.worker import lease
 
@@ -55,13 +56,7 @@ def test_a_message_from_before_a_retry_does_nothing():
 def test_a_header_of_a_message_is_not_taken_for_a_run():
     """Celery makes each header an attribute of the request."""
     job = enqueue(add, [1, 2])
-    headers = {**of_job(), "run": str(uuid.uuid4())}
-    request = {"id": str(job.pk), "hostname": "test", "called_directly": False, **headers}
-    add.push_request(headers=headers, **request)
-    try:
-        add(*job.args)
-    finally:
-        add.pop_request()
+    receive(add, {**message_of(job).headers, "run": str(uuid.uuid4())}, job.args)
     job.refresh_from_db()
     assert (job.state, job.result) == ("succeeded", 3)
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGKILL, SIGTERM, SIGUSR1
 from types import SimpleNamespace
@@ -17,9 +18,8 @@ from celery.app.task import Context
 from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
-from celery_steady.django import check_connections
 from django.db import connection
-from helpers import act, add, claim, claim_and_lapse, lapse, of_job, seconds_until_due
+from helpers import act, add, claim, claim_and_lapse, lapse, of_job, receive, seconds_until_due
 from kombu.asynchronous import Hub
 from settings import SOURCE
 
@@ -116,12 +116,7 @@ def test_a_run_has_the_token_that_the_main_process_chose():
     token = uuid.uuid4()
     act.function = lambda task: str(Job.objects.get().run_token)
     job = enqueue(act)
-    request = {"id": str(job.pk), "hostname": "test", "called_directly": False}
-    act.push_request(**request, **of_job(run_token=token))
-    try:
-        act()
-    finally:
-        act.pop_request()
+    receive(act, {"id": str(job.pk), **of_job(run_token=token)})
     assert Job.objects.get().result == str(token)
 
 
@@ -132,13 +127,8 @@ def test_a_job_that_its_worker_stopped_is_queued_whatever_its_clean_up_raises(mo
     monkeypatch.setattr(execution, "child_has_crashed", lambda: False)
     act.function = Mock(side_effect=error)
     job = enqueue(act)
-    request = {"id": str(job.pk), "hostname": "test", "called_directly": False}
-    act.push_request(**request, **of_job())
-    try:
-        with pytest.raises(error):
-            act()
-    finally:
-        act.pop_request()
+    with suppress(SystemExit):
+        receive(act, {"id": str(job.pk), **of_job()})
     job.refresh_from_db()
     assert (job.state, job.crashes) == ("queued", 0)
 
@@ -204,16 +194,11 @@ def test_a_plain_task_starts_with_a_connection_that_works(headers, spared):
     """A job needs no such check: its first query is its claim, which is tried again."""
     connection.ensure_connection()
     task = SimpleNamespace(request=Context(headers))
-
-    def start_task():  # see test_a_worker_has_the_consumer_of_jobs for this order
-        check_connections()
-        startup.skip_health_check(task)
-
-    start_task()
-    assert connection.connection and connection.health_check_done is spared
+    startup.check_connections(task)
+    assert connection.health_check_done is spared
     connection.close_at = 0  # CONN_MAX_AGE is over
-    start_task()
-    assert not connection.connection
+    startup.check_connections(task)
+    assert bool(connection.connection) is spared
 
 
 WORKER = """

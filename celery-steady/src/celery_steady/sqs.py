@@ -13,9 +13,9 @@ from celery_steady.messages import KeepingChannel, due_time
 
 logger = getLogger(__name__)
 
-MOST_DELAY = 15 * 60  # seconds for which SQS keeps back a message that is sent
+MAX_DELAY = 15 * 60  # seconds for which SQS keeps back a message that is sent
 # And one that was received. A minute less, because the time since it was received counts, too.
-MOST_VISIBILITY = 12 * 60 * 60 - 60
+MAX_VISIBILITY = 12 * 60 * 60 - 60
 
 
 class Connection(AsyncHTTPSConnection):
@@ -67,11 +67,11 @@ class Channel(KeepingChannel, SQS.Channel):
     def _put(self, queue, message, **kwargs):
         seconds = ceil(due_time(message) - time.time())
         if seconds > 0 and not queue.endswith(".fifo"):  # which refuse it
-            message["properties"].setdefault("DelaySeconds", min(seconds, MOST_DELAY))
+            message["properties"].setdefault("DelaySeconds", min(seconds, MAX_DELAY))
         super()._put(queue, message, **kwargs)
 
     def delay(self, queue, payload, due):
-        seconds = min(ceil(due - time.time()), MOST_VISIBILITY)
+        seconds = min(ceil(due - time.time()), MAX_VISIBILITY)
         self._change_visibility(payload["properties"], seconds)
         return True
 

@@ -16,7 +16,7 @@ class DurableJobsConfig(AppConfig):
     def ready(self):
         from durable_jobs import checks
         from durable_jobs.beat import schedule
-        from durable_jobs.worker import children, shutdown, startup
+        from durable_jobs.worker import children, startup
         from durable_jobs.worker.heartbeat import heartbeat
 
         if not isinstance(current_app, Celery):
@@ -43,7 +43,6 @@ class DurableJobsConfig(AppConfig):
                 raise ImproperlyConfigured(f"DURABLE_JOBS['LIMITS'][{name!r}]: {error}.") from error
         signals.worker_init.connect(checks.refuse_to_start)
         signals.worker_init.connect(startup.start)
-        signals.worker_init.connect(shutdown.prepare)
         if versions.fits("fast recovery of child processes"):
             signals.worker_ready.connect(children.watch_children)
             signals.task_received.connect(children.assign_run_token)

@@ -171,17 +171,6 @@ def timeouts():
     return [] if in_transaction() else [LOCK_TIMEOUT, IDLE_TIMEOUT]
 
 
-def keep_open():
-    """Let nobody close the connection until let_close(): Celery does when a task starts, and the claim has just opened it."""
-    if connection.connection:
-        connection.close = lambda: None
-
-
-def let_close():
-    with suppress(AttributeError):
-        del connection.close
-
-
 def end_interrupted_query(execute, *args):
     """Wrap each query of a run. If a time limit or a shutdown interrupts one, end it."""
     try:

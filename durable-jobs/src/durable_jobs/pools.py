@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from ctypes import c_bool
-from types import FunctionType
 
 from asgiref import sync
 from billiard.common import terminate_handler_fired
@@ -85,16 +84,20 @@ class Greenlets:
         # gevent's sleep() waits in a greenlet of the thread: a process that ends meanwhile crashes.
         self.sleep = monkey.get_original("time", "sleep")
         self.main_thread = self.get_thread()
-        # asgiref's async_to_sync(), with another executor
-        names = {**vars(sync), "ThreadPoolExecutor": executor_of_coroutine}
-        call = FunctionType(sync.AsyncToSync.__call__.__code__, names)
-        self.async_to_sync = type("AsyncToSync", (sync.AsyncToSync,), {"__call__": call})
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
 
     def run_coroutine(self, function):
-        return self.async_to_sync(function)()
+        executors = sync.AsyncToSync.context_to_thread_executor
+        with sync.AsyncSingleThreadContext() as context:
+            executors[context] = native_executor()
+            try:
+                return sync.async_to_sync(function)()
+            finally:
+                del executors[
+                    context
+                ]  # whose end would wait for a coroutine that ignores its time limit
 
     def query(self, function, *args, **kwargs):
         # Use one of ten threads. Otherwise each greenlet would open its own connection.
@@ -110,11 +113,11 @@ class Greenlets:
         return isinstance(error, gevent.GreenletExit)
 
 
-def executor_of_coroutine(max_workers):
-    """Return an executor with native threads: the thread of all greenlets can run only one event loop."""
-    executor = threadpool.ThreadPoolExecutor(max_workers)
+def native_executor():
+    """Return an executor with a native thread: the thread of all greenlets can run only one event loop."""
+    executor = threadpool.ThreadPoolExecutor(1)
     # gevent's own keeps its thread, with two descriptors, forever.
-    executor._threadpool = threadpool.ThreadPool(max_workers, idle_task_timeout=0.1)
+    executor._threadpool = threadpool.ThreadPool(1, idle_task_timeout=0.1)
     return executor
 
 
@@ -126,14 +129,3 @@ def pool_name(pool):
     pool = concurrency.get_implementation(pool)
     path = f"{pool.__module__}:{pool.__qualname__}"
     return next((name for name, alias in concurrency.ALIASES.items() if alias == path), path)
-
-
-def has_children(worker):
-    """Return whether the tasks of this worker run in child processes.
-
-    Raises SystemExit for gevent if Python is not patched, because each task would block all others.
-    """
-    name = pool_name(worker.pool_cls)
-    if name == "gevent" and not IS_GEVENT:
-        raise SystemExit("gevent has not patched Python. Type the option in full: --pool gevent")
-    return name == "prefork"

@@ -35,12 +35,12 @@ from durable_jobs.enqueue import (
     new_fields,
 )
 from durable_jobs.exceptions import JobError, JobLost
-from durable_jobs.messages import fields_in, storable
+from durable_jobs.messages import storable
 from durable_jobs.models import Batch
 from durable_jobs.pools import shutting_down
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
 from durable_jobs.worker.children import JobRequest
-from durable_jobs.worker.execution import execute, run_and_write, run_coroutine, trace
+from durable_jobs.worker.execution import run_and_write, run_coroutine, trace
 from durable_jobs.worker.runs import describe, for_owner, process
 from durable_jobs.worker.shutdown import end_after_commit
 from durable_jobs.worker.steps import run_step
@@ -373,15 +373,12 @@ class JobTask(Enqueueable[P], DjangoTask):
 
     def _receive(self, *args, **kwargs):
         """The __call__() of each task that is a job. `_call` is that of its class."""
-        request, run = self.request, self._current_run
-        if error := getattr(request, "start_error", None):  # of trace()
+        if error := getattr(self.request, "start_error", None):  # of trace()
             raise error
+        run = self._current_run
         if run and not run.is_started:
             return run_and_write(run, args, kwargs)
-        is_job = not request.called_directly and (fields_in(vars(request)) or not request.is_eager)
-        if run or not is_job:  # the function calls its own task, or apply()
-            return self._call(*args, **kwargs)
-        return execute(self, args, kwargs)
+        return self._call(*args, **kwargs)  # a direct call, or apply()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         run = self._current_run

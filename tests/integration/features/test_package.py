@@ -19,7 +19,6 @@ def test_the_wheel_requires_what_its_modules_import():
     python = (path.read_text("utf-8") for path in (LIBRARY / "src").rglob("*.py"))
     foreign = set().union(*map(imports, python)) - sys.stdlib_module_names
     foreign -= {
-        "asgiref",
         "billiard",
         "django_celery_beat",  # if it is installed
         "typing_extensions",  # only for type checkers, which have it

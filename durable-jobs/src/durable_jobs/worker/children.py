@@ -35,12 +35,9 @@ class JobRequest(Request):
         )
 
     def on_timeout(self, soft, timeout):
-        """Recover the job of a child that Celery kills at its time limit, without Celery's task_failure."""
+        """Leave the job of a child that Celery kills at its time limit to on_failure(), which Celery calls, too."""
         if soft or not self.has_child():
-            return super().on_timeout(soft, timeout)
-        state.task_ready(self)
-        logger.error("Hard time limit (%ss) exceeded for %s[%s]", timeout, self.name, self.id)
-        recover_later(self.id, self.request_dict, is_late=True)
+            super().on_timeout(soft, timeout)
 
     def on_failure(self, exc_info, *args, **kwargs):
         """Recover the job of a child that died, without Celery's task_failure: recover() says what it means."""

@@ -47,24 +47,12 @@ def trace(task, tracer, id, args, kwargs, request):
         return trace_ok_t(result, info, None, None)
     except Exception as error:  # for the tracer, which handles what the task raises
         return tracer(id, args, kwargs, {**request, "start_error": error})
-    database.keep_open()
     try:
         with run:
             return tracer(id, args, kwargs, {**request, "run_of_job": run})
     finally:
-        database.let_close()
         if not run.is_started:  # a shutdown during task_prerun
             run.release()
-        run.ended = True
-
-
-def execute(task, args, kwargs):
-    """Do the same as trace() if Celery calls the function otherwise. Returns its result, or raises what Celery expects."""
-    task.request.run_of_job = run = start(task, task.request, args, kwargs)
-    try:
-        with run:
-            return run_and_write(run, args, kwargs)
-    finally:
         run.ended = True
 
 
@@ -112,7 +100,6 @@ def store(task, request, args, kwargs):
 def run_and_write(run, args, kwargs):
     """Run the function, and write how it ended. Returns its result, or raises what Celery expects."""
     run.is_started = True
-    database.let_close()
     with connection.execute_wrapper(database.end_interrupted_query):
         return call_and_write(run, args, kwargs)
 

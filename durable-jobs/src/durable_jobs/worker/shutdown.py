@@ -37,18 +37,13 @@ from durable_jobs import transitions
 from durable_jobs.database import limit_locks
 from durable_jobs.exceptions import WorkerStopping
 from durable_jobs.limits import limit_of
-from durable_jobs.pools import has_children, pool, shutting_down
+from durable_jobs.pools import pool, shutting_down
 from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
 from durable_jobs.worker.runs import jobs_of, process
 
 SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
-
-
-def prepare(sender, **kwargs):
-    """Prepare the shutdown of the worker `sender`, whose pool has not started yet."""
-    process.is_prefork = has_children(sender)
 
 
 def begin(consumer, exitcode=0):

@@ -1,19 +1,37 @@
 """What a worker prepares before it starts, and before each job."""
 
-from django.db import connection
+from celery import signals
+from celery_steady import django
 
 from durable_jobs import versions
 from durable_jobs.messages import fields_in
+from durable_jobs.pools import IS_GEVENT, pool_name
 from durable_jobs.worker.remote_control import cancel_revoked_jobs
+from durable_jobs.worker.runs import process
 
 
-def start(**kwargs):
-    """Prepare a worker that has not started yet."""
+def start(sender, **kwargs):
+    """Prepare the worker `sender`, which has not started yet.
+
+    Raises SystemExit for gevent if Python is not patched, because each task would block all others.
+    """
+    name = pool_name(sender.pool_cls)
+    if name == "gevent" and not IS_GEVENT:
+        raise SystemExit("gevent has not patched Python. Type the option in full: --pool gevent")
+    process.is_prefork = name == "prefork"
     versions.log_what_is_off()
     cancel_revoked_jobs()
 
 
-def skip_health_check(task, **kwargs):
-    """Skip Django's health check, which is a query. On a dead connection, the claim is tried again."""
-    if fields_in(vars(task.request)):
-        connection.health_check_done = True
+def keep_connections(app):
+    """When a job starts, close no connection: it was claimed on one. Celery and celery-steady would."""
+    fixups = [fixup.worker_fixup.on_task_prerun for fixup in app._fixups if fixup]
+    for receiver in [django.check_connections, *fixups]:
+        signals.task_prerun.disconnect(receiver)
+    signals.task_prerun.connect(check_connections)
+
+
+def check_connections(task, **kwargs):
+    """Give a plain task a working connection."""
+    if not fields_in(vars(task.request)):
+        django.check_connections()
