@@ -147,6 +147,14 @@ def test_the_oldest_python_is_the_same_everywhere():
     assert len(named) >= 3
 
 
+def test_celery_steady_requires_no_version_in_which_it_would_be_off():
+    major, minor = map(int, SUPPORTED["celery"][-1].split("."))
+    about = tomllib.loads(TRACKED["celery-steady/pyproject.toml"])["project"]
+    limit = f",<{major}.{minor + 1}"
+    limited = {package(each) for each in about["dependencies"] if each.endswith(limit)}
+    assert limited == {"celery", "kombu"}
+
+
 def test_no_page_names_a_version_that_a_bump_would_make_untrue():
     pages = {name: text for name, text in TRACKED.items() if name.endswith((".md", ".jinja"))}
     for name in pages.keys() - HISTORY:

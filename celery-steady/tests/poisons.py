@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import billiard.pool
 from celery import exceptions
@@ -196,6 +197,22 @@ def big_error_dies():
 def big_error_hangs():
     """The process stops while it is sending its error. It is killed, but the rest never arrives."""
     leave(lambda: (time.sleep(0.02), os.kill(os.getpid(), signal.SIGSTOP)))
+    raise ValueError("\0\0\0\1" * MEGABYTE)
+
+
+def big_error_pauses():
+    """The process stops while it is sending its error, until the test continues it."""
+    parent = os.getppid()
+    os.kill(parent, signal.SIGSTOP)  # which reads nothing until this process is sending
+
+    def pause():
+        waits_in = Path(f"/proc/self/task/{os.getpid()}/wchan")
+        while "pipe_write" not in waits_in.read_text():
+            time.sleep(0.01)
+        os.kill(parent, signal.SIGCONT)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    leave(pause)
     raise ValueError("\0\0\0\1" * MEGABYTE)
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def has_processes(worker):
         except OSError:
             continue
     return False
+
+
+def stopped_processes(worker):
+    """Return the ids of this worker's processes that a signal has stopped."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if state == "T" and int(group) == worker.pid:
+                found.append(int(folder.name))
+    return found
 
 
 def ids_in(redis):
@@ -173,3 +185,23 @@ def test_a_worker_that_fails_ends_although_its_tasks_do_not(start, steady, send,
     send("poison", "garbage", "before")
     assert worker.wait() == 1
     assert redis.client.llen("celery") == 2
+
+
+def test_an_error_that_is_half_read_when_the_connection_is_lost_arrives(
+    start, steady, send, calls, settled, redis, tmp_path
+):
+    worker = start(steady)
+    result = send("poison", "big_error_pauses", "now")
+    until(lambda: set(stopped_processes(worker)) - {worker.pid}, "the child has stopped")
+    until(lambda: worker.pid not in stopped_processes(worker), "its worker goes on")
+    [child] = stopped_processes(worker)
+    for _ in range(2):
+        until(lambda: "b" in [each["flags"] for each in redis.client.client_list()], "it waits")
+        redis.client.client_kill_filter(_type="normal", skipme=True)
+        send("ask", "other")
+        calls.next("other", worker).answer()
+    os.kill(child, signal.SIGCONT)
+    assert result.wait() == "FAILURE"
+    settled()
+    assert (tmp_path / "runs").read_text().split() == ["big_error_pauses"]
+    assert worker.text().count("Connection to broker lost") == 2

@@ -6,10 +6,11 @@ from logging import getLogger
 
 from billiard.compat import mem_rss
 from celery import signals
-from celery.concurrency import asynpool, prefork, solo, thread
+from celery.concurrency import prefork, solo, thread
 from celery.worker import consumer
 
 from celery_steady import (
+    children,
     django,
     malformed,
     rabbitmq,
@@ -77,6 +78,7 @@ class Consumer(StockConsumer):
         signals.heartbeat_sent.connect(self.on_heartbeat)
         signals.worker_shutting_down.connect(self.on_shutting_down)
         super().__init__(*args, pool=pool, app=app, worker_options=worker_options, **kwargs)
+        self.half_read = children.HalfRead(pool, self.hub) if self.is_prefork and self.hub else None
 
     def start(self):
         # Tests make a worker in one thread, and start it in another. That must neither handle
@@ -85,7 +87,7 @@ class Consumer(StockConsumer):
         super().start()
 
     def on_heartbeat(self, **kwargs):
-        if not self.is_prefork or has_child(self.pool):
+        if not self.is_prefork or children.has_child(self.pool):
             touch_liveness_file()
 
     # Errors of tasks and messages
@@ -116,12 +118,17 @@ class Consumer(StockConsumer):
 
     def on_close(self):
         """Celery forgets the tasks that no child has accepted, but some children only hadn't said so."""
-        jobs = sent_jobs(self.pool) if self.is_prefork else []
+        jobs = children.sent_jobs(self.pool) if self.is_prefork else []
         for job in jobs:
             job._accepted = True
         super().on_close()
         for job in jobs:
             job._accepted = False
+
+    def register_with_event_loop(self, hub):
+        super().register_with_event_loop(hub)
+        if self.half_read:
+            self.half_read.go_on()
 
     # The end
 
@@ -165,19 +172,6 @@ def warn_of_memory(pool):
             used,
             limit,
         )
-
-
-def has_child(pool):
-    """Return whether a child of this pool has started, and lives."""
-    return bool(pool._pool and pool._pool._fileno_to_inq)
-
-
-def sent_jobs(pool):
-    """Return the jobs that were written to a child, which has not yet said that it accepts them."""
-    if not pool._pool:  # the worker has stopped
-        return []
-    jobs = [job for job in tuple(pool._pool._cache.values()) if not job._accepted]
-    return [job for job in jobs if job._write_to and not asynpool._get_job_writer(job)]
 
 
 Consumer = versions.choose("worker", Consumer, StockConsumer)

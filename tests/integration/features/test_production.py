@@ -35,6 +35,12 @@ owner = User.objects.get()
 print(enqueue(forecast_demand, ["Tea"], {"rounds": 1}, countdown=1, owner=owner).pk)
 """
 
+# Its name has a hash of its content.
+SCRIPT = """
+from django.templatetags.static import static
+print(static("durable_jobs/jobs.js"))
+"""
+
 
 @pytest.fixture
 def machine(bake, database, tmp_path):
@@ -87,7 +93,8 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
             assert get(site, path, Host="10.0.0.1")[0] == 200, web.printed  # a load balancer
         assert get(site, "/", Host="example.org")[0] == 400
         assert get(site, "/", Host="example.com") == (301, "https://example.com/")
-        assert get(site, "/static/durable_jobs/jobs.js", **HTTPS)[0] == 200
+        script = project.shell(SCRIPT, **variables)
+        assert get(site, script, **HTTPS)[0] == 200
 
         status, headers, order = site.request("/api/orders/", ORDER)
         assert status == 202, web.printed
