@@ -1,13 +1,15 @@
 """Admission: how many jobs of a key run at once, how many start in a period, and who is next."""
 
-import signal
 import uuid
 from datetime import timedelta
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from celery import current_app
 from celery import signals as celery_signals
+from celery.exceptions import SoftTimeLimitExceeded, Terminated
+from celery.worker.request import Request
 from django.db import Error
 from django.db.models import F
 from django.utils import timezone
@@ -211,19 +213,25 @@ def test_a_cancelled_task_function_renews_the_lease_of_its_slot(sent, commit, mo
     assert Job.objects.filter(sweep_at__gt=Now() + timedelta(seconds=20)).exists()
 
 
-@pytest.mark.parametrize("signum, is_free", [(signal.SIGKILL, True), (signal.SIGUSR1, False)])
+@pytest.mark.parametrize(
+    "error, is_free",
+    [(Terminated(9), True), (SystemExit(), True), (SoftTimeLimitExceeded(), False)],
+)
 def test_a_revoke_frees_the_slot_only_if_it_kills_the_task_function(
-    sent, commit, monkeypatch, signum, is_free
+    sent, commit, monkeypatch, error, is_free
 ):
     """SIGUSR1 is the soft time limit: the task function may continue."""
     monkeypatch.setattr(process, "is_prefork", True)
     monkeypatch.setattr(children, "in_thread", lambda update, *args, delay: update(*args))
+    monkeypatch.setattr(Request, "on_failure", Mock())
     with commit():
         job = alone.enqueue()
-    headers = of_job(run_token=start(job).token)
+    headers = {"id": str(job.pk), "task": job.task, **of_job(run_token=start(job).token)}
     cancel(job)
-    request = SimpleNamespace(id=job.pk, **headers)
-    children.free_slot_of_dead_child(request, terminated=True, signum=signum)
+    message = Mock(headers=headers, payload=([], {}, {}), delivery_info={}, properties={})
+    request = children.JobRequest(message, app=current_app)
+    request._already_revoked = True
+    request.on_failure(SimpleNamespace(exception=error, traceback=""))
     assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
 
 

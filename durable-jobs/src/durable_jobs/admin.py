@@ -57,12 +57,11 @@ def announce(request: HttpRequest, jobs: list[Job], done: str = "enqueued", hint
 
     The message links to a page that shows them, if the user may view jobs in the admin.
     """
-    if len(jobs) == 1:
-        url = reverse("admin:durable_jobs_job_change", args=[jobs[0].pk])
-    else:
-        url = reverse("admin:durable_jobs_job_changelist")  # which shows the newest first
     text = f"{len(jobs)} job{pluralize(jobs)} {done}"
     if jobs and request.user.has_perm("durable_jobs.view_job"):
+        # A list shows the newest first.
+        page, args = ("change", [jobs[0].pk]) if len(jobs) == 1 else ("changelist", [])
+        url = reverse(f"admin:durable_jobs_job_{page}", args=args)
         text = format_html('<a href="{}">{}</a>', url, text)
     messages.success(request, format_html("{}. {}", text, hint))
 

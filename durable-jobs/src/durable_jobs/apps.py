@@ -46,7 +46,6 @@ class DurableJobsConfig(AppConfig):
         if versions.fits("fast recovery of child processes"):
             signals.worker_ready.connect(children.watch_children)
             signals.task_received.connect(children.assign_run_token)
-            signals.worker_init.connect(children.watch_revokes)
         signals.worker_ready.connect(heartbeat.start)
         signals.beat_init.connect(checks.refuse_to_start)
         signals.beat_init.connect(schedule.start)

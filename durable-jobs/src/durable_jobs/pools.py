@@ -80,10 +80,9 @@ class Greenlets:
         # its connection open until Python's garbage collector runs.
         self.threads = threadpool.ThreadPool(10)
         self.hub = gevent.get_hub()
-        self.get_thread = monkey.get_original("_thread", "get_ident")
         # gevent's sleep() waits in a greenlet of the thread: a process that ends meanwhile crashes.
         self.sleep = monkey.get_original("time", "sleep")
-        self.main_thread = self.get_thread()
+        self.main_thread = threading.get_native_id()
 
     def start_thread(self, function):
         monkey.get_original("_thread", "start_new_thread")(function, ())
@@ -104,7 +103,8 @@ class Greenlets:
         return self.threads.apply(function, args, kwargs)
 
     def send(self, function, *args):
-        if self.get_thread() == self.main_thread:  # get_hub() would make a hub for each thread
+        # get_hub() would make a hub for each thread
+        if threading.get_native_id() == self.main_thread:
             function(*args)
         else:
             self.hub.loop.run_callback_threadsafe(gevent.spawn, function, *args)

@@ -10,8 +10,7 @@ import threading
 import time
 import uuid
 
-from celery import signals
-from celery.exceptions import TimeLimitExceeded, WorkerLostError
+from celery.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery.worker import state
 from celery.worker.request import Request
 
@@ -23,6 +22,9 @@ from durable_jobs.worker.lease import POLL_SECONDS, recover, renew
 from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)
+
+# What Celery says of a child that has died
+DEATHS = (KeyboardInterrupt, SystemExit, Terminated, TimeLimitExceeded, WorkerLostError)
 
 
 class JobRequest(Request):
@@ -42,12 +44,13 @@ class JobRequest(Request):
     def on_failure(self, exc_info, *args, **kwargs):
         """Recover the job of a child that died, without Celery's task_failure: recover() says what it means."""
         error = getattr(exc_info.exception, "exc", exc_info.exception)
+        if not isinstance(error, DEATHS) or not self.has_child():
+            return super().on_failure(exc_info, *args, **kwargs)
         is_late = isinstance(error, TimeLimitExceeded)
-        has_died = is_late or isinstance(error, (WorkerLostError, SystemExit, KeyboardInterrupt))
-        if not has_died or self._already_revoked or not self.has_child():
+        recover_later(self.id, self.request_dict, is_late)
+        if self._already_revoked or isinstance(error, Terminated):
             return super().on_failure(exc_info, *args, **kwargs)
         state.task_ready(self)
-        recover_later(self.id, self.request_dict, is_late)
         event = "task-failed" if is_late else "task-retried"
         self.send_event(event, exception=repr(error), traceback=str(exc_info.traceback))
         logger.error("The child process of %s[%s] ended: %r", self.name, self.id, error)
@@ -82,17 +85,6 @@ def renew_leases_of_children():
                 between_forks(renew, rows)
         except Exception as error:  # the next try may succeed
             logger.warning("cannot renew leases: %r", error)
-
-
-def watch_revokes(**kwargs):
-    """Watch them in a worker only: elsewhere, cancel() looks whether anybody does."""
-    signals.task_revoked.connect(free_slot_of_dead_child)
-
-
-def free_slot_of_dead_child(request, terminated, signum, **kwargs):
-    """Free the slot of a cancelled job whose child was killed by a revoke, without waiting for its lease."""
-    if terminated and signum == os_signal.SIGKILL and process.is_prefork:
-        recover_later(request.id, vars(request))
 
 
 def recover_later(id, headers, is_late=False):

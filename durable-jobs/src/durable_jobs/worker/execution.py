@@ -10,7 +10,8 @@ from celery import states
 from celery.app.task import Context
 from celery.app.trace import TraceInfo, trace_ok_t
 from celery.exceptions import Ignore, Retry
-from django.db import IntegrityError, close_old_connections, connection
+from celery_steady.django import check_connections
+from django.db import IntegrityError, connection
 from django.db.transaction import TransactionManagementError
 
 from durable_jobs import batches, conf, database, transitions
@@ -34,16 +35,14 @@ def trace(task, tracer, id, args, kwargs, request):
     Celery sends its signals in the tracer: so a message that starts no run sends none.
     """
     context = Context(request, args=args, kwargs=kwargs, called_directly=False)
-    if not connection.in_atomic_block:  # of a test
-        close_old_connections()
+    check_connections()
     connection.health_check_done = True  # on a dead connection, the claim is tried again
     try:
         run = start(task, context, args, kwargs)
     except Ignore as error:
         info, result = TraceInfo(states.IGNORED, error), ExceptionInfo(internal=True)
         info.handle_ignore(task, context)
-        if not connection.in_atomic_block:
-            close_old_connections()
+        check_connections()
         return trace_ok_t(result, info, None, None)
     except Exception as error:  # for the tracer, which handles what the task raises
         return tracer(id, args, kwargs, {**request, "start_error": error})
