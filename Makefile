@@ -10,7 +10,7 @@ steady: .venv  ## test the library celery-steady: make steady ARGS="-k redis"
 	.venv/bin/python -m pytest -n auto celery-steady/tests -c celery-steady/pyproject.toml $(ARGS)
 
 library: .venv  ## test the library durable-jobs: make library ARGS="-k retry"
-	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/tests/pytest.ini $(ARGS)
+	.venv/bin/python -m pytest durable-jobs/tests -c durable-jobs/pyproject.toml $(ARGS)
 
 PYTEST := .venv/bin/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 10
 
@@ -32,7 +32,7 @@ scorecard: .venv  ## what faults lose with celery-steady and with stock Celery, 
 
 bench: .venv  ## measure and write docs/speed.md and docs/performance.md of the libraries; a trial: make bench ARGS="--scale 0.1"
 	.venv/bin/python celery-steady/bench/speed.py $(ARGS)
-	PYTHONPATH=tests:celery-steady/bench .venv/bin/python durable-jobs/bench/run.py $(ARGS)
+	PYTHONPATH=tests .venv/bin/python durable-jobs/bench/run.py $(ARGS)
 
 SITE := site
 site: .venv  ## build the pages as a site, in site/

@@ -10,9 +10,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import results
 
-from harness import services
+from harness import results, services
 from harness.bake import CHOICES, LIBRARY, OPTIONS, OUTPUT, STEADY, TEMPLATE
 from harness.checks import check_links
 from harness.project import Project
@@ -88,8 +87,7 @@ def test_the_quick_start_of_durable_jobs_installs_all_that_it_needs(tmp_path):
 
 def test_pages_quote_what_was_measured(monkeypatch):
     """The last two of these have no such file before their measurement runs again."""
-    for library in STEADY, LIBRARY:
-        monkeypatch.syspath_prepend(library / "bench")
+    monkeypatch.syspath_prepend(LIBRARY / "bench")
     paths = STEADY / "bench/scorecard.py", STEADY / "bench/speed.py", LIBRARY / "bench/run.py"
     scorecard, speed, bench = map(runpy.run_path, map(str, paths))
     written = {  # {page: its text, from a text and rows}

@@ -1,16 +1,15 @@
-"""The tests of the library durable-jobs, on its source, without a bake."""
+"""The tests of the libraries, on their source, without a bake."""
 
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 
-from harness.bake import LIBRARY
-from harness.project import env
+from harness.bake import LIBRARY, STEADY
+from harness.libraries import run_tests
 
-TESTS = LIBRARY / "tests"
+# Those with workers that are killed, and with each server: integration/versions/
+SLOW = "test_conformance.py", "test_poisons.py", "test_worker.py"
 # A test in one transaction queries in its own thread (see `one_connection` in the library's
 # conftest.py), so it says nothing about greenlets.
 OTHER_THREADS = "not django_db or django_db(transaction=True)"
@@ -27,14 +26,10 @@ RUNS = [
 FEW_ROUNDS = 30  # of races; integration/features/test_library_races.py has more
 
 
-def run_tests(pool, folder, *options, python=sys.executable, **variables):
-    """Run tests of the library, and return what they print."""
-    command = [python, "-m", *POOLS[pool], "-c", TESTS / "pytest.ini", TESTS, *options]
-    # In the usual folder, pytest would also delete what earlier runs of others have left there.
-    command.append(f"--basetemp={folder / 'library'}")
-    run = subprocess.run(command, env=env(**variables), capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+@pytest.mark.xdist_group("steady")
+def test_celery_steady_passes_its_quick_tests(tmp_path):
+    slow = [f"--ignore={STEADY / 'tests' / name}" for name in SLOW]
+    assert re.search(r"= \d+ passed", run_tests(STEADY, tmp_path, *slow))
 
 
 @pytest.mark.parametrize(("server", "pool"), RUNS)
@@ -42,7 +37,7 @@ def test_the_library_passes_its_own_tests(server, pool, request, tmp_path):
     variables = {"ROUNDS": os.environ.get("ROUNDS", FEW_ROUNDS)}
     if server == "database":  # PostgreSQL
         variables["DATABASE_URL"] = request.getfixturevalue(server).create(f"library_{pool}")
-    printed = run_tests(pool, tmp_path, **variables)
+    printed = run_tests(LIBRARY, tmp_path, modules=POOLS[pool], **variables)
     # Those that need PostgreSQL, or more than one thread.
     others = r", \d+ skipped" if server == "sqlite" else ""
     others += r", \d+ deselected" if pool == "gevent" else ""

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from harness.bake import TEMPLATE
 from harness.checks import check_names
+from harness.libraries import environment
 from harness.project import Project
 
 OLDEST, JINJA = "2.3", "3.1.5"  # as docs/options.md says
@@ -21,14 +21,11 @@ def cookiecutter(tmp_path):
     """A function that runs Cookiecutter in a new environment with these packages."""
 
     def cookiecutter(packages, *arguments):
-        environment = tmp_path / "-".join(packages)
-        if not environment.exists():
-            uv = [sys.executable, "-m", "uv"]
-            subprocess.run([*uv, "venv", "--quiet", environment], check=True)
-            install = [*uv, "pip", "install", "--quiet", "--python", environment / "bin/python"]
-            subprocess.run([*install, *packages], check=True)
+        folder = tmp_path / "-".join(packages)
+        if not folder.exists():
+            environment(folder, *packages)
         return subprocess.run(
-            [environment / "bin/python", "-m", "cookiecutter", TEMPLATE, *arguments],
+            [folder / ".venv/bin/python", "-m", "cookiecutter", TEMPLATE, *arguments],
             cwd=tmp_path,
             env={**os.environ, "HOME": str(tmp_path)},
             capture_output=True,

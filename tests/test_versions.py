@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from harness.bake import ABOUT, ABOUT_LIBRARY, CHOICES, PINNED, TEMPLATE, render
+from harness.libraries import SUPPORTED
 from harness.project import Project
-from harness.versions import SUPPORTED
 
 VERSIONS, REQUIREMENTS = "templates/versions.jinja", "{{cookiecutter.project_slug}}/pyproject.toml"
 # Of the tests, of the libraries

@@ -324,7 +324,7 @@ FUNCTIONS = {name: value for name, value in vars().items() if callable(value)} |
     "sigpipe": kills(signal.SIGPIPE),
     "sighup": kills(signal.SIGHUP),
     "sigusr1": kills(signal.SIGUSR1),
-    "big_result": lambda: "x" * 50 * MEGABYTE,
+    "big_result": lambda: "x" * 5 * MEGABYTE,
     "deep_result": deep,
     "cyclic_result": cyclic,
     "object_result": object,

@@ -16,7 +16,7 @@ from unittest import SkipTest
 FOLDERS = os.environ.get("SERVERS"), "/usr/lib/rabbitmq/bin", os.environ["PATH"]
 os.environ["PATH"] = os.pathsep.join(filter(None, FOLDERS))
 
-LIMIT = 60  # seconds of every wait: a machine may be far slower than ours
+LIMIT = 300  # seconds of every wait: a machine may be far slower than ours
 
 
 def missing(reason):
@@ -24,9 +24,10 @@ def missing(reason):
     raise AssertionError(reason) if os.environ.get("DEMAND_ALL") else SkipTest(reason)
 
 
-def need(program):
+def need(program, package=None):
+    """Call missing() unless this program is installed. `package` is Debian's."""
     if not shutil.which(program):
-        missing(f"{program} is not installed")
+        missing(f"{program} is not installed: sudo apt install {package or program}")
 
 
 def free_port():
@@ -114,11 +115,12 @@ class Server(Process):
         until(is_ready, f"{self.command[0]} answers")
         return self
 
-    def asks(self, sent):
-        """Return what the server answers to these bytes, or None if it doesn't listen."""
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as probe:
-            probe.sendall(sent)
-            return probe.recv(100)
+
+def ask(port, sent):
+    """Return what a server answers to these bytes, or None if it doesn't listen."""
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as probe:
+        probe.sendall(sent)
+        return probe.recv(100)
 
 
 class Redis(Server):
@@ -135,7 +137,7 @@ class Redis(Server):
         super().__init__(folder, ["redis-server", "--port", self.port, "--dir", folder, *words])
 
     def is_ready(self):
-        return self.asks(b"PING\r\n") == b"+PONG\r\n"  # not while it loads its data
+        return ask(self.port, b"PING\r\n") == b"+PONG\r\n"  # not while it loads its data
 
 
 class SQS(Server):
@@ -158,7 +160,32 @@ class SQS(Server):
         super().__init__(folder, [*own, "--port", self.port])
 
     def is_ready(self):
-        return self.asks(b"GET / HTTP/1.0\r\n\r\n")
+        return ask(self.port, b"GET / HTTP/1.0\r\n\r\n")
+
+
+def rabbitmq(folder, port, distribution_port, epmd_port, arguments=""):
+    """Return the command of a RabbitMQ that has its data in this folder, and its environment."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": folder,  # for Erlang's cookie
+        "LANG": "C.UTF-8",
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "ERL_EPMD_PORT": epmd_port,
+        "RABBITMQ_CONF_ENV_FILE": "/dev/null",
+        "RABBITMQ_CONFIG_FILE": folder / "rabbitmq",
+        "RABBITMQ_DIST_PORT": distribution_port,
+        "RABBITMQ_ENABLED_PLUGINS_FILE": folder / "plugins",
+        "RABBITMQ_LOG_BASE": folder / "log.d",
+        "RABBITMQ_MNESIA_BASE": folder / "data",
+        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+        "RABBITMQ_NODE_PORT": port,
+        "RABBITMQ_PID_FILE": folder / "pid",
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"+S 2:2 +sbwt none {arguments}",  # no busy waiting
+    }
+    # One process group, so that both end together.
+    command = ["sh", "-c", "epmd & exec rabbitmq-server"]
+    return command, {name: str(value) for name, value in environment.items()}
 
 
 class RabbitMQ(Server):
@@ -169,28 +196,8 @@ class RabbitMQ(Server):
         need("rabbitmq-server")
         self.port = free_port()
         self.url = f"amqp://guest:guest@127.0.0.1:{self.port}//"
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": folder,  # for Erlang's cookie
-            "LANG": "C.UTF-8",
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "ERL_EPMD_PORT": free_port(),
-            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
-            "RABBITMQ_CONFIG_FILE": folder / "rabbitmq",
-            "RABBITMQ_DIST_PORT": free_port(),
-            "RABBITMQ_ENABLED_PLUGINS_FILE": folder / "plugins",
-            "RABBITMQ_LOG_BASE": folder / "log.d",
-            "RABBITMQ_MNESIA_BASE": folder / "data",
-            "RABBITMQ_NODENAME": f"test{self.port}@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODE_PORT": self.port,
-            "RABBITMQ_PID_FILE": folder / "pid",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",  # no busy waiting
-        }
-        # One process group, so that both end together.
-        command = ["sh", "-c", "epmd & exec rabbitmq-server"]
-        env = {name: str(value) for name, value in environment.items()}
+        command, env = rabbitmq(folder, self.port, free_port(), free_port())
         super().__init__(folder, command, env=env)
 
     def is_ready(self):
-        return self.asks(b"AMQP\0\0\x09\x01")
+        return ask(self.port, b"AMQP\0\0\x09\x01")

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from statistics import median
 
 import psycopg
-import results
+from harness import results
 from harness.bake import CHOICES, TEMPLATE
 from harness.project import Project, started
 from harness.servers import BROKERS, PostgreSQL, versions

@@ -6,8 +6,7 @@ python -m harness.promises  # writes the tables
 import ast
 import re
 
-import results
-
+from harness import results
 from harness.bake import LIBRARY, TEMPLATE
 
 TABLES = {  # {the page with the table: (the README, the heading of its promises)}

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 from collections import ChainMap
@@ -16,14 +15,16 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from servers import ask, rabbitmq
+
 from . import missing, need
 from .bake import DEFAULTS, TEMPLATE, chosen
 from .blocks import code
 from .project import Process, children_of, connects, free_ports, started
 
 REDELIVERY = 10  # seconds until Redis or SQS delivers a dead worker's plain tasks again, not 120
-# No busy waiting. RabbitMQ 4.3 refuses these queues, and 4.0 when told to; 3.10 ignores it.
-ERLANG = "+S 2:2 +sbwt none -rabbit permit_deprecated_features #{transient_nonexcl_queues=>false}"
+# RabbitMQ 4.3 refuses these queues, and 4.0 when told to; 3.10 ignores it.
+REFUSE_TRANSIENT = "-rabbit permit_deprecated_features #{transient_nonexcl_queues=>false}"
 # In Erlang: elect a leader for each quorum queue whose members do not answer within a second.
 ELECT_LEADERS = """
 [ra:trigger_election(Id) || Queue <- rabbit_amqqueue:list(), Id <- [amqqueue:get_pid(Queue)],
@@ -190,31 +191,13 @@ class RabbitMQ(Broker):
 
     def __init__(self, folder, project=None, port=None):
         need("rabbitmq-server")
-        distribution, epmd, free = free_ports(3)
+        free, *others = free_ports(3)
         self.port = port or free
         self.variables = {"CELERY_BROKER_URL": f"amqp://guest:guest@127.0.0.1:{self.port}//"}
-        environment = {
-            "PATH": os.environ["PATH"],
-            "HOME": folder,  # for Erlang's cookie
-            "LANG": "C.UTF-8",
-            "ERL_EPMD_ADDRESS": "127.0.0.1",
-            "ERL_EPMD_PORT": epmd,
-            "RABBITMQ_CONF_ENV_FILE": "/dev/null",
-            "RABBITMQ_CONFIG_FILE": folder / "rabbitmq",
-            "RABBITMQ_DIST_PORT": distribution,
-            "RABBITMQ_ENABLED_PLUGINS_FILE": folder / "plugins",
-            "RABBITMQ_LOG_BASE": folder / "log",
-            "RABBITMQ_MNESIA_BASE": folder / "data",
-            "RABBITMQ_NODENAME": f"test{self.port}@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
-            "RABBITMQ_NODE_PORT": self.port,
-            "RABBITMQ_PID_FILE": folder / "pid",
-            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": ERLANG,
-        }
-        # One process group, so that both end together.
-        command = ["sh", "-c", "epmd & exec rabbitmq-server"]
-        super().__init__(folder, command, is_ready=self.answers_amqp)
-        self.options["env"] = {name: str(value) for name, value in environment.items()}
+        command, env = rabbitmq(folder, self.port, *others, REFUSE_TRANSIENT)
+        is_ready = partial(ask, self.port, b"AMQP\0\0\x09\x01")
+        super().__init__(folder, command, is_ready=is_ready)
+        self.options["env"] = env
 
     def launch(self):
         self.is_restart = self.process is not None
@@ -239,14 +222,6 @@ class RabbitMQ(Broker):
             yield
         finally:
             self.control("clear_policy", name)
-
-    def answers_amqp(self):
-        try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as probe:
-                probe.sendall(b"AMQP\0\0\x09\x01")
-                return probe.recv(1)
-        except OSError:
-            return False
 
 
 class SQS(Broker):

@@ -12,8 +12,8 @@ from contextlib import suppress
 
 import psycopg
 import pytest
-import results
 
+from . import results
 from .bake import CHOICES, TEMPLATE, baked, chosen, covering, name, product
 from .project import started
 from .proxy import Proxy

@@ -1,15 +1,14 @@
 """The quick start of the library's README works in a bare Django project, as it is written."""
 
 import re
-import sys
 
 import pytest
 
 from harness.bake import LIBRARY
 from harness.blocks import Reader, blocks
+from harness.libraries import SUPPORTED, environment
 from harness.project import Process, Project, started, wait_for
 from harness.servers import RabbitMQ, Redis
-from harness.versions import SUPPORTED
 from test_wheel import STEADY_WHEEL, WHEEL
 
 CELERY = SUPPORTED["celery"]
@@ -32,10 +31,7 @@ def project(tmp_path, request):
     """What `django-admin startproject` writes, with an environment of its own."""
     project = Project(tmp_path / "project")
     project.mkdir()
-    project.call(sys.executable, "-m", "uv", "venv", "--quiet", ".venv")
-    install = ["uv", "pip", "install", "--quiet", "--python", ".venv/bin/python"]
-    wheels = str(STEADY_WHEEL), str(WHEEL)
-    project.call(sys.executable, "-m", *install, *wheels, f"celery[redis]~={request.param}.0")
+    environment(project, STEADY_WHEEL, WHEEL, f"celery[redis]~={request.param}.0")
     project.call(".venv/bin/django-admin", "startproject", "mysite", ".")
     project.manage("startapp", "reports")
     return project

@@ -9,6 +9,7 @@ import pytest
 
 from harness.bake import STEADY
 from harness.blocks import code
+from harness.libraries import environment
 from harness.project import Process, Project, started, wait_for
 from harness.servers import Redis
 from test_wheel import STEADY_WHEEL
@@ -33,19 +34,12 @@ SOURCE = os.environ.get(
 )
 
 
-def environment(project, *requirements, python=sys.executable):
-    uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--python", python, project / ".venv"], check=True)
-    install = [*uv, "pip", "install", "--quiet", "--python", project / ".venv/bin/python"]
-    subprocess.run([*install, STEADY_WHEEL, *requirements], check=True)
-
-
 @pytest.fixture
 def bare(tmp_path):
     """A Celery project without Django, of three files."""
     project = Project(tmp_path / "bare")
     project.mkdir()
-    environment(project, "celery[redis]")
+    environment(project, STEADY_WHEEL, "celery[redis]")
     (project / "celeryconfig.py").write_text(SETTINGS)
     app = 'from celery import Celery\n\napp = Celery("tasks", config_source="celeryconfig")\n'
     (project / "tasks.py").write_text(app + TASKS.format(decorator="app.task"))
@@ -60,8 +54,8 @@ def cookiecutter_django(tmp_path):
     subprocess.run([*bake, "--output-dir", tmp_path, SOURCE, *answers], check=True)
     project = Project(tmp_path / "shop")
     # What its requirements for production bring, without those that need a compiler
-    more = "celery[redis]", "psycopg[binary]"
-    environment(project, "-r", project / "requirements/base.txt", *more, python="3.13")
+    more = "celery[redis]", "psycopg[binary]", "-r", project / "requirements/base.txt"
+    environment(project, STEADY_WHEEL, *more, python="3.13")
     own = 'from .base import *\nSECRET_KEY = "secret"\n'
     (project / "config/settings/steady.py").write_text(own + DJANGO_LINES)
     project.append("shop/users/tasks.py", TASKS.format(decorator="shared_task"))
@@ -100,7 +94,8 @@ def test_a_killed_workers_task_runs_again_in_a_project_without_django(bare, tmp_
 
 def test_it_needs_no_package_but_celery(tmp_path):
     """A project with RabbitMQ has no redis-py and no boto3. A lock file may hold old packages."""
-    environment(tmp_path, "--resolution=lowest-direct", "celery", "billiard>=4", "amqp>=5")
+    lowest = "--resolution=lowest-direct", "celery", "billiard>=4", "amqp>=5"
+    environment(tmp_path, STEADY_WHEEL, *lowest)
     modules = "celery_steady.consumer, celery_steady.beat, celery_steady.rabbitmq"
     Project(tmp_path).call(".venv/bin/python", "-c", f"import {modules}")
 
