@@ -9,14 +9,14 @@ from celery import Celery
 from celery.result import AsyncResult
 from redis import Redis as Client
 from servers import LIMIT, SQS, RabbitMQ, Redis, until
-from versions import skip_on_other_versions
+from versions import skip_on_older_versions
 from workers import Calls, Worker
 
 CONSUMER = "celery_steady.consumer:Consumer"
 
 
 def pytest_collection_modifyitems(items):
-    skip_on_other_versions(items)
+    skip_on_older_versions(items)
 
 
 @pytest.fixture(autouse=True)

@@ -126,6 +126,7 @@ def test_a_task_that_ends_while_redis_is_down_is_not_run_again(
     task = calls.next("long")
     redis.kill()
     task.answer()
+    time.sleep(steady["broker_transport_options"]["visibility_timeout"] + 1)
     redis.start()
     assert result.get() == "long"
     settled()

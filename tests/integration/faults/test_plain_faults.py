@@ -82,38 +82,12 @@ def test_a_stopped_worker_ends_a_task_that_has_just_started(stack, gate):
 
 
 @on_prefork
-def test_a_worker_ends_that_reads_a_result(stack, gate):
-    stack.kill(stack.worker)
-    worker = stack.make_worker("slow", FAULT="slow_results").start()
-    task = stack.send("wait", gate)
-    stack.wait_until_started(task)
-    time.sleep(3)  # time to read that it has started
-    gate.touch()
-    wait_for(lambda: stack.notes("end", task))
-    time.sleep(1.5)  # now it has read the length of the result, and not yet the rest
-    start = time.time()
-    assert worker.stop() == 0
-    assert time.time() - start < 30  # seconds on a busy machine
-
-
-@on_prefork
 def test_a_task_that_kills_its_child_every_time_ends(stack):
     task = stack.send("kill_child")
     wait_for(lambda: stack.ask(f"result = AsyncResult({task!r}).state") == "FAILURE")
     assert stack.starts(task) == 4
     time.sleep(3)  # time for one more
     assert stack.starts(task) == 4
-
-
-@stacks(brokers=["redis"])
-def test_a_task_fails_whatever_it_raises(stack):
-    """And its worker goes on: it would take no more with one task that it has not acknowledged."""
-    stack.replace_worker("--concurrency 1")
-    names = "MemoryError RecursionError SystemExit KeyboardInterrupt GeneratorExit CancelledError"
-    tasks = [stack.send("fail", name) for name in names.split()]
-    stack.wait_until_started(stack.send("quick"))
-    states = "result = [AsyncResult(task).state for task in tasks]"
-    assert stack.ask(states, tasks=tasks) == ["FAILURE"] * len(tasks)
 
 
 @stacks(pools=["prefork"])
@@ -264,34 +238,6 @@ def test_the_default_settings_keep_their_promise(stack, gate, tmp_path):
     assert [stack.starts(task) for task in [*killed, long, later]] == [2] * 4 + [1, 1]
 
 
-@stacks(brokers=["redis"])
-def test_redis_restarts_while_tasks_run_and_end(stack, gate, tmp_path):
-    """Also if it is away for longer than the visibility timeout.
-
-    The worker lives. What runs, ends meanwhile or waits runs once, a countdown on time.
-    """
-    worker = stack.worker.pid
-    ends, runs = stack.send("wait", gate), stack.send("wait", tmp_path / "later")
-    stack.wait_until_started(ends, runs)
-    later = stack.send("quick", countdown=25)
-    due = time.time() + 25
-    time.sleep(1)  # time to fetch it
-    stack.broker.kill()
-    gate.touch()
-    wait_for(lambda: stack.notes("end", ends))
-    time.sleep(REDELIVERY + 2)
-    stack.broker.start()
-    stack.wait_until_started(later)
-    assert stack.times("start", later)[0] - due < REDELIVERY
-    time.sleep(REDELIVERY)
-    (tmp_path / "later").touch()
-    wait_for(lambda: stack.notes("end", runs))
-    time.sleep(REDELIVERY + 2)
-    assert [stack.starts(task) for task in (ends, runs, later)] == [1] * 3
-    assert stack.worker.pid == worker and stack.worker.is_running()
-    assert "Trying again" in stack.worker.printed and "/100)" not in stack.worker.printed
-
-
 @on_prefork
 def test_the_first_task_that_a_process_of_a_worker_sends_waits_for_its_broker(stack):
     code = """
@@ -308,48 +254,6 @@ print(app.send_task("trials.tasks.quick", ignore_result=True))
         assert not sent.done()
         proxy.unblock()
         sent.result()
-
-
-@on_redis
-def test_redis_accepts_or_refuses_a_task_when_it_refuses_some_commands(stack):
-    """A task's first command declares its queue. Each outcome is one that Celery documents."""
-    code = """
-import random, threading, time
-from redis import Redis
-redis, is_over, refused = Redis(port=port), threading.Event(), set()
-
-def refuse():
-    while not is_over.is_set():
-        for count in 1, 0:
-            redis.config_set("min-replicas-to-write", count)
-            time.sleep(random.random() / 100)
-
-thread = threading.Thread(target=refuse)
-thread.start()
-for _ in range(1000):
-    try:
-        quick.delay()
-    except Exception as error:
-        refused.add(f"{type(error).__module__}.{type(error).__name__}")
-is_over.set()
-thread.join()
-result = list(refused)
-"""
-    assert stack.ask(code, port=stack.broker.port) == ["kombu.exceptions.OperationalError"]
-    stack.empty("celery")
-
-
-@stacks(brokers=["redis"])
-def test_a_retry_waits_while_redis_refuses_to_write(stack, gate):
-    task = stack.send("retry_later", 0, gate)
-    stack.wait_until_started(task)
-    stack.broker.configure("min-replicas-to-write", "1")
-    try:
-        gate.touch()
-        time.sleep(4)
-    finally:
-        stack.broker.configure("min-replicas-to-write", "0")
-    stack.wait_until_started(task, times=2)
 
 
 # What delays others

@@ -218,15 +218,6 @@ def test_production_names_all_missing_variables(project):
 
 
 @default_output
-def test_ctrl_c_ends_everything(project):
-    with project.up() as site:
-        assert len(site.processes()) > 5
-        site.stop()
-
-        wait_for(lambda: not site.processes(), site=site)
-
-
-@default_output
 def test_closing_the_terminal_ends_everything(project):
     ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
     child, terminal = pty.fork()

@@ -4,10 +4,8 @@ import ctypes
 import os
 import threading
 import time
-from functools import partialmethod
 
 from celery import signals
-from celery.concurrency import asynpool
 from celery.schedules import schedule
 from celery.worker.consumer import Consumer
 from config.celery import app
@@ -64,17 +62,6 @@ def no_reconnect():
 
     quick_heartbeat()
     Consumer.on_connection_error_after_connected = fail
-
-
-def slow_results():
-    """A worker reads the results of its children slowly."""
-    receive = asynpool.ResultHandler._recv_message
-
-    def read_slowly(*args):
-        time.sleep(1)
-        return asynpool.__read__(*args)
-
-    asynpool.ResultHandler._recv_message = partialmethod(receive, __read__=read_slowly)
 
 
 globals()[os.environ["FAULT"]]()

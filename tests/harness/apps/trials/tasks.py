@@ -1,7 +1,5 @@
 """Plain tasks. Those of all apps note what they do in the file of the variable NOTES."""
 
-import asyncio
-import builtins
 import os
 import signal
 import time
@@ -132,12 +130,9 @@ def fail_twice(self):
 
 
 @shared_task(bind=True, ignore_result=True)
-def retry_later(self, countdown, gate=None):
-    """Retry once, after the file `gate` exists if one is given."""
+def retry_later(self, countdown):
     note(self.request.id, "start")
     if not self.request.retries:
-        if gate:
-            wait_for(gate)
         raise self.retry(countdown=countdown)
 
 
@@ -150,11 +145,6 @@ def retry_slowly(self, gate, ends):
         raise retry
     if ends == "FAILURE":
         raise OSError
-
-
-@shared_task(max_retries=0)
-def fail(name):
-    raise {**vars(builtins), **vars(asyncio)}[name]
 
 
 @shared_task(bind=True, default_retry_delay=1)
