@@ -55,6 +55,7 @@ OPTIONS = {
     "owner": None,  # the user of the test
     "label": "March",
     "queue": "cpu",
+    "headers": {"source": "mail"},
     "countdown": 3600,
     "eta": LATER,
     "unique": "one",
@@ -266,6 +267,7 @@ def test_an_option_is_in_the_row(door, option, user):
     assert (job.args, job.kwargs, job.state, job.owner) == ([8], {}, "queued", owner)
     assert job.label == options.get("label", "")
     assert job.queue == options.get("queue", "celery")
+    assert job.headers == options.get("headers", {})
     assert (job.unique_key, job.idempotency_key) == (
         options.get("unique"),
         options.get("idempotency_key"),

@@ -35,7 +35,7 @@ from django.db.models.functions import Coalesce
 from durable_jobs import admission, compiler, conf, limits, messages
 from durable_jobs.database import Now
 from durable_jobs.eager import run_jobs
-from durable_jobs.messages import is_job, new_headers, queue_of
+from durable_jobs.messages import is_job, new_headers, queue_of, storable
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
@@ -76,6 +76,7 @@ class Options(TypedDict, total=False):
     owner: Any
     label: str
     queue: str | None
+    headers: dict[str, Any] | None
     countdown: float | None
     eta: datetime | None
     unique: str | None
@@ -210,7 +211,7 @@ def new_fields(
     return {**fields, "owner": owner, **times(now, countdown, eta, fields["limit_key"])}
 
 
-def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
+def call_fields(task, args, kwargs=None, label="", queue=None, headers=None, results_of=None):
     """Return what a new job is to do. Raises the TypeError and ValueError of enqueue().
 
     With `results_of`, the id of a batch, the results of its jobs will be the first argument.
@@ -227,8 +228,8 @@ def call_fields(task, args, kwargs=None, label="", queue=None, results_of=None):
     check_text("queue", queue or None)
     queue = queue or queue_of(task, *arguments)
     fields = {"task": task.name, "args": args[1:] if results_of else args, "kwargs": kwargs}
-    fields |= {"label": label[:MAX_LABEL], "queue": queue, "results_of": results_of}
-    return {**fields, "limit_key": limits.key_of(task, *arguments)}
+    fields |= {"label": label[:MAX_LABEL], "queue": queue, "headers": storable(headers)}
+    return {**fields, "results_of": results_of, "limit_key": limits.key_of(task, *arguments)}
 
 
 def check_text(name, text):

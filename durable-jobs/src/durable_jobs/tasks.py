@@ -35,7 +35,6 @@ from durable_jobs.enqueue import (
     new_fields,
 )
 from durable_jobs.exceptions import JobError, JobLost
-from durable_jobs.messages import storable
 from durable_jobs.models import Batch
 from durable_jobs.pools import shutting_down
 from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
@@ -178,8 +177,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         """Return the fields of the job that apply_async() stores. Raises its errors."""
         check_options(options, Options.__optional_keys__)
         bulk = {name: options[name] for name in BULK_OPTIONS & options.keys()}
-        fields = new_fields(self, args or (), kwargs, **bulk)
-        return {**fields, "headers": storable(options.get("headers"))}
+        return new_fields(self, args or (), kwargs, **bulk)
 
     def using(self, **options: Unpack[Options]) -> JobSignature[P]:
         """Return the task with options: task.using(owner=user).enqueue(10) stores a job, and sends its message after the commit.
@@ -187,6 +185,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         - `owner`: a user.
         - `label`: a human-readable name, which is cut after 255 characters.
         - `queue`: the name of a queue. It overrides CELERY_TASK_ROUTES.
+        - `headers`: a dictionary whose values are attributes of self.request in each run.
         - `countdown`, `eta`: the job starts after these seconds, or at this time. As in Celery, a datetime
           without a time zone is in UTC.
         - `unique`: a text that only one active job of this task may have, across all owners.
