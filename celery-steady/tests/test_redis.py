@@ -13,7 +13,7 @@ from kombu import Connection, Consumer, Queue
 from redis.exceptions import ResponseError
 from servers import LIMIT, until
 
-from celery_steady.redis import DELIVERIES, STOCK, release_countdowns
+from celery_steady.redis import DELIVERIES, IDLE, STOCK, release_countdowns
 
 PREFIX = "{p}:"
 BELL, DELAYED = "\x06\x16bell", "\x06\x16delayed"
@@ -86,6 +86,11 @@ def unacked(redis):
     return count
 
 
+def calls(redis, command):
+    """Return how often Redis has run this command."""
+    return redis.client.info("commandstats").get(f"cmdstat_{command}", {"calls": 0})["calls"]
+
+
 def make_lapsed(redis):
     """Let time pass, without a gap of renewals."""
     tags = redis.client.zrange(PREFIX + "unacked_index", 0, -1)
@@ -128,14 +133,28 @@ def test_a_message_that_needs_no_acknowledgement_is_not_noted(open, redis):
     assert not unacked(redis)
 
 
-def test_a_waiting_consumer_is_woken_by_a_message(open, redis):
+def test_a_waiting_consumer_is_woken_by_a_message_and_looks_only_once(open, redis):
     client, sender = open(), open()
-    with client.consuming() as arrived:
+    with client.consuming(prefetch=2) as arrived:
         client.look()
         assert client.channel._in_poll and client.channel.asked == "BRPOP"
         sender.send("sent")
         client.connection.drain_events(timeout=LIMIT)
         assert arrived
+        assert client.channel.look_at > client.channel._brpop_sent_at + IDLE / 2  # for the bell
+
+
+def test_a_consumer_that_was_busy_looks_before_it_waits(open, redis):
+    client = open()
+    client.send("later", seconds=0.5)
+    client.send("sent")
+    with client.consuming() as arrived:
+        client.look()
+        time.sleep(0.5)
+        arrived[0].ack()
+        waits = calls(redis, "brpop")
+        client.connection.drain_events(timeout=LIMIT)
+        assert arrived[1].payload == "later" and calls(redis, "brpop") == waits
 
 
 def test_an_inspection_gets_its_replies_in_time(redis):

@@ -20,7 +20,7 @@ class Argument(models.Value):
     def as_sql(self, compiler, connection):
         return "%s", [self]
 
-    def prepare(self, values):
+    def prepare(self, values, connection):
         return self.output_field.get_db_prep_save(values[self.value], connection)
 
 
@@ -65,7 +65,9 @@ def execute(sql, params, values):
     """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
     # Do not prepare a SELECT: keys and batches with few rows and with many would share one plan.
     with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
-        cursor.execute(sql, [p.prepare(values) if isinstance(p, Argument) else p for p in params])
+        own = cursor.db  # `connection` would look it up for each attribute
+        values = [p.prepare(values, own) if isinstance(p, Argument) else p for p in params]
+        cursor.execute(sql, values)
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
 

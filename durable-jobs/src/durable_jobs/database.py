@@ -5,7 +5,7 @@ import time
 from contextlib import suppress
 
 from celery.exceptions import SoftTimeLimitExceeded
-from django.db import Error, connection, models
+from django.db import DEFAULT_DB_ALIAS, Error, connection, connections, models
 from django.db.models import functions
 from django.db.utils import InterfaceError, OperationalError
 
@@ -90,11 +90,12 @@ def cursor_that_prepares():
 
     Django's own cursor sends each statement as text. In debug mode it is used here, too, to log the SQL.
     """
-    if connection.vendor != "postgresql" or connection.queries_logged:
-        return connection.cursor()
-    connection.close_if_health_check_failed()
-    connection.ensure_connection()
-    return connection._prepare_cursor(connection.Database.Cursor(connection.connection))
+    own = connections[DEFAULT_DB_ALIAS]  # `connection` would look it up for each attribute
+    if own.vendor != "postgresql" or own.queries_logged:
+        return own.cursor()
+    own.close_if_health_check_failed()
+    own.ensure_connection()
+    return own._prepare_cursor(own.Database.Cursor(own.connection))
 
 
 def wait_for(query, *args, **kwargs):

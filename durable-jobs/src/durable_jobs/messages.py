@@ -34,32 +34,33 @@ def fields_in(headers):
 
 def send(jobs):
     """Send the messages of these jobs of one queue over one connection. Raises the transport's exceptions."""
+    conf, options = current_app.conf, {}
+    if conf.task_publish_retry:
+        # Once, for a connection that was lost. Then the sweeper sends it: without end, as projects retry plain tasks in
+        # workers and Beat, one full queue would delay all others.
+        policy = conf.task_publish_retry_policy | {"max_retries": 1}
+        options = {"retry": True, "retry_policy": policy}
     with current_app.producer_or_acquire() as producer:
         batch = getattr(producer, "batch", nullcontext)  # before kombu 5.7, a producer has none
         with batch() if jobs[1:] else nullcontext():
             for index, job in enumerate(jobs):
-                send_one(job, producer, is_declared=index > 0)
+                send_one(job, producer, is_declared=index > 0, **options)
 
 
-def send_one(job, producer, is_declared=False):
+def send_one(job, producer, is_declared=False, **more):
     """Send the message of a job as apply_async() does, but without Celery's signals: see new_headers().
 
     This process need not know the task: in a deploy, Beat may run older code than the workers. It
     does not send the event task-sent, which would be a second message.
     """
     headers, properties, body, _ = message_of(job)
-    task, amqp, conf = find_task(job.task), current_app.amqp, current_app.conf
+    task = find_task(job.task)
     # Celery 5 uses the decorator's priority. Celery 6 will use only that of CELERY_TASK_ROUTES.
     options = {"queue": job.queue, "priority": getattr(task, "priority", None)}
     # Only with the task's module does a process know types that the project has registered.
     arguments = arguments_of(job) if task else (job.args, job.kwargs)
-    options = amqp.router.route(options, job.task, *arguments)
-    properties["priority"] = options.get("priority") or 0
-    if conf.task_publish_retry:
-        # Once, for a connection that was lost. Then the sweeper sends it: without end, as projects retry plain tasks in
-        # workers and Beat, one full queue would delay all others.
-        policy = conf.task_publish_retry_policy | {"max_retries": 1}
-        properties |= {"retry": True, "retry_policy": policy}
+    options = current_app.amqp.router.route(options, job.task, *arguments)
+    properties |= {**more, "priority": options.get("priority") or 0}
     queue = options["queue"]
     declare = [] if is_declared else [queue]
     # To the default exchange, which knows each queue by its name
