@@ -129,7 +129,7 @@ def test_a_night_with_newer_versions_opens_one_issue(tmp_path):
 def test_the_commands_of_the_readme_are_what_ci_runs():
     blocks = code((TEMPLATE / "README.md").read_text("utf-8"), "git clone")
     commands = re.findall("^make .+", blocks, re.MULTILINE)
-    assert len(commands) == 2
+    assert commands
     assert set(commands) <= {step.get("run") for step in JOBS["test"]["steps"]}
     assert set(commands) <= set(
         re.findall("^time (make .+)", (TEMPLATE / ".ci/run").read_text(), re.M)

@@ -22,7 +22,7 @@ def mail():
 
 
 def jobs(*words):
-    """Run `manage.py jobs` with these words. Returns what it writes."""
+    """Run `manage.py durable_jobs` with these words. Returns what it writes."""
     with StringIO() as written:
         call_command("durable_jobs", *words, stdout=written)
         return written.getvalue()

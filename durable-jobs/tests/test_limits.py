@@ -1,13 +1,10 @@
 """Limits: which key a job has, however it is enqueued, and which settings are valid."""
 
-import re
 import sys
 import uuid
-from collections import Counter
 from datetime import timedelta
 from decimal import Decimal
 from functools import wraps
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -351,24 +348,3 @@ def test_a_wrong_limit_of_a_task_is_an_error_of_the_checks(monkeypatch, limit):
     monkeypatch.setattr(current_app.tasks[alone.name], "limit", limit)
     [error] = run_checks()
     assert error.id == "durable_jobs.E006" and error.msg.startswith("helpers.alone: ")
-
-
-def test_the_second_limit_of_the_guide_holds_in_each_second():
-    """With a clock of its own, and calls that come at once."""
-    guide = (Path(__file__).parents[1] / "docs/guide.md").read_text("utf-8")
-    [code] = re.findall(r"```python file=reports/turns.py\n(.*?)```", guide, re.DOTALL)
-    clock = SimpleNamespace(now=1000.7, time=lambda: clock.now)
-
-    def sleep(seconds):
-        clock.now += seconds
-
-    clock.sleep, names = sleep, {}
-    exec(code, names)
-    names["time"] = clock
-    seconds = []
-    for _ in range(12):
-        names["wait_for_turn"]("crm", per_second=5)
-        seconds.append(int(clock.now) - 1000)
-    assert Counter(seconds) == {0: 5, 1: 5, 2: 2}
-    names["wait_for_turn"]("other", per_second=5)
-    assert int(clock.now) == 1002

@@ -1,6 +1,7 @@
 """The settings in celery-steady's README, in projects that weren't made from this template."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from test_wheel import STEADY_WHEEL
 
 README = (STEADY / "README.md").read_text("utf-8")
 SETTINGS = code(README, "\nworker_consumer")
-DJANGO_LINES = code(README, "CELERY_BROKER_TRANSPORT")
+DJANGO_SETTINGS = re.sub(r"^\w+", lambda name: f"CELERY_{name[0].upper()}", SETTINGS, flags=re.M)
 RECOVERED_WITHIN = 150  # seconds, with the defaults
 # Notes each start, and doesn't end.
 TASKS = """
@@ -57,7 +58,7 @@ def cookiecutter_django(tmp_path):
     more = "celery[redis]", "psycopg[binary]", "-r", project / "requirements/base.txt"
     environment(project, STEADY_WHEEL, *more, python="3.13")
     own = 'from .base import *\nSECRET_KEY = "secret"\n'
-    (project / "config/settings/steady.py").write_text(own + DJANGO_LINES)
+    (project / "config/settings/steady.py").write_text(own + DJANGO_SETTINGS)
     project.append("shop/users/tasks.py", TASKS.format(decorator="shared_task"))
     return project
 
