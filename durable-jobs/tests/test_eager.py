@@ -10,8 +10,8 @@ from celery.exceptions import TimeoutError
 from celery.fixups.django import DjangoWorkerFixup
 from celery.result import AsyncResult
 from celery_steady import django
-from django.db import transaction
-from helpers import add, alone, ask, free, retry_once, total
+from django.db import connection, transaction
+from helpers import add, alone, ask, free, plain, retry_once, total
 
 from durable_jobs import batches, messages, pauses
 from durable_jobs.eager import run_jobs
@@ -52,6 +52,18 @@ def fail():
 
 def test_delay_runs_a_job_immediately(eager):
     assert add.delay(1, 2).get(timeout=1) == 3
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["web", "worker"])
+def test_delay_keeps_the_connection_from_which_its_caller_reads(eager, prepared):
+    add.delay(1, 2)
+    connection.close_at, raw = 0, connection.connection  # as CONN_MAX_AGE = 0 does
+    if prepared:
+        signals.task_prerun.connect(django.check_connections)
+    add.delay(1, 2)
+    plain.apply()
+    signals.task_prerun.disconnect(django.check_connections)
+    assert connection.connection is raw
 
 
 def test_a_job_runs_when_its_transaction_commits(eager):

@@ -20,12 +20,13 @@ def prepare_worker():
     signals.heartbeat_sent.connect(check_connections)
 
 
-def check_connections(**kwargs):
+def check_connections(task=None, **kwargs):
     """Give each task a working database connection, as Django does for each request.
 
     With CELERY_DB_REUSE_MAX, Celery itself looks at a connection only now and then.
     """
     from django.db import close_old_connections, connection
 
-    if not connection.in_atomic_block:  # of a test, or of a task that calls another one
+    # The caller of an eager task may be reading from the connection, or in a transaction.
+    if not (connection.in_atomic_block or (task and task.request.is_eager)):
         close_old_connections()

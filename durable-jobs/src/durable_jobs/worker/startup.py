@@ -34,4 +34,4 @@ def keep_connections(app):
 def check_connections(task, **kwargs):
     """Give a plain task a working connection."""
     if not fields_in(vars(task.request)):
-        django.check_connections()
+        django.check_connections(task)
