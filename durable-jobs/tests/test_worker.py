@@ -212,7 +212,6 @@ from helpers import add, of_job, plain
 from durable_jobs.pools import shutting_down
 from durable_jobs.worker import shutdown
 settings.app.conf.worker_soft_shutdown_timeout = int(sys.argv[2])
-settings.app.conf["CELERY_DB_REUSE_MAX"] = 1000  # otherwise Celery closes the connection
 Consumer.start = lambda consumer: None
 ended = []
 shutdown.requeue_and_exit = lambda *args: ended.append(args)
@@ -234,10 +233,10 @@ assert all(hasattr(task.run, "_replaces_errors") for task in (add, plain))
 connection.ensure_connection()
 add.push_request(**of_job())
 signals.task_prerun.send(add, task=add)
-assert connection.health_check_done
+assert connection.connection and connection.health_check_done
 plain.push_request()
 signals.task_prerun.send(plain, task=plain)
-assert not connection.health_check_done
+assert connection.connection and not connection.health_check_done
 signals.worker_shutting_down.send("other@here", sig="", how="", exitcode=0)
 assert not shutting_down.value
 worker.exitcode = 3

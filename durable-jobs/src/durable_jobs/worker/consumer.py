@@ -1,5 +1,8 @@
 """The setting worker_consumer of a project with jobs: celery-steady's consumer, for jobs too."""
 
+import threading
+
+from celery import signals
 from celery_steady import consumer, tasks
 
 from durable_jobs.messages import fields_in, is_job
@@ -10,6 +13,11 @@ class Consumer(consumer.Consumer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         startup.keep_connections(self.app)
+
+    def start(self):
+        if threading.current_thread() is threading.main_thread():  # otherwise it is a test's
+            signals.worker_shutting_down.connect(self.begin_shutdown)
+        super().start()
 
     def prepare(self, task):
         """Let a job raise what it likes: worker/execution.py writes what that means."""
@@ -28,9 +36,8 @@ class Consumer(consumer.Consumer):
         """Release jobs even if worker_soft_shutdown_timeout is 0."""
         return True
 
-    def on_shutting_down(self, sender, exitcode=0, **kwargs):
-        super().on_shutting_down(sender, exitcode=exitcode, **kwargs)
-        if sender == self.hostname and self.is_main:  # otherwise it is a test's
+    def begin_shutdown(self, sender, exitcode=0, **kwargs):
+        if sender == self.hostname:
             shutdown.begin(self, exitcode)
 
     def limit_shutdown(self, seconds, exitcode):
