@@ -2,12 +2,10 @@
 {% from "chosen.jinja" import servers, has_flower, flower_port with context %}
 {% set lines %}
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from io import StringIO
@@ -29,54 +27,41 @@ def main():
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "config.settings")
     django.setup()  # reads .env, too
     os.environ.setdefault("SOFT_SHUTDOWN_SECONDS", "1")  # longer tasks start again later
+    os.environ["PYTHONUNBUFFERED"] = "1"  # show what is printed at once
     for name, port in {"PORT": "8000"{{ ', "FLOWER_PORT": "%s"' % flower_port if has_flower }}}.items():
         port = os.environ.setdefault(name, port)
         if answers(port):
             sys.exit(f"Port {port} is taken. Choose another one: {name}={int(port) + 1} make run")
     call_command("migrate", verbosity=0)
     call_command("quickstart", stdout=(links := StringIO()))
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *args: stop.set())
-    procfile, processes = Path("Procfile.dev").read_text(), []
+    processes = []
     try:
 {% for server in servers %}
         processes += start_{{ server.name }}()
 {% endfor %}
         # Without .env, whose values would override the environment's. In its own session it doesn't
-        # get Ctrl-C, so `finally` can stop it first, then the broker.
-        command = ["honcho", "--env", os.devnull, "--procfile", "/dev/stdin", "start"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        honcho = subprocess.Popen(command, **pipes, start_new_session=True)
+        # get Ctrl-C, so it ends before the broker.
+        command = ["honcho", "--env", os.devnull, "--procfile", "Procfile.dev", "start"]
+        honcho = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
         processes.insert(0, honcho)
-        threading.Thread(target=copy, args=[honcho.stdout], daemon=True).start()
-        watched = re.sub(": (celery .* (worker|beat))", r": exec python dev.py \1", procfile)
-        with honcho.stdin as file:
-            file.write(watched.encode())
-        while not stop.wait(0.1):
-            if honcho.poll() is not None:
-                sys.exit("A process exited, so the rest were stopped; see the log above.")
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *args: honcho.terminate())
+        for line in honcho.stdout:
+            with suppress(OSError):  # after its terminal was closed, honcho itself would not end
+                os.write(1, line)
             if links and answers(os.environ["PORT"]):
                 print(f"{links.getvalue()}\n    Ctrl-C stops everything.\n", flush=True)
                 links = None
+        if honcho.wait() != 128 + signal.SIGTERM:
+            sys.exit("A process exited, so the rest were stopped; see the log above.")
     finally:
         for process in processes:
             process.terminate()
             process.wait()
 
 
-def copy(output):
-    """Print honcho's output. honcho itself would not end after its terminal was closed."""
-    for line in output:
-        with suppress(OSError):
-            os.write(1, line)
-
-
 def watch(*command):
-    """Run a command, and again when it has ended or the code has changed.
-
-    It compares the times of files, because a container gets no events from a folder that it mounts.
-    """
+    """Run a command, and again when the code changes or it has ended, which watchfiles ignores."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` stops the process
     while True:
         code, began = read_code(), time.monotonic()
@@ -92,6 +77,7 @@ def watch(*command):
 
 
 def read_code():
+    # Times of files, because a container gets no events from a folder that it mounts.
     with suppress(OSError):  # a file was just removed: None is a change, too
         files = (file for file in Path().glob("[!.]*/**/[!.]*") if file.suffix in (".py", ".html"))
         return {file: file.stat().st_mtime for file in files}

@@ -1,22 +1,59 @@
 {% import "imports.jinja" as imports %}
-{% from "chosen.jinja" import broker, result_backend with context %}
+{% from "chosen.jinja" import broker, result_backend, has_jobs with context %}
 {% set backend_errors = result_backend.unavailable_errors | default([]) %}
 {% set errors = (["LimitExceeded", "OperationalError"] + broker.unavailable_errors + backend_errors) | unique | sort %}
 {% set lines %}
+from django.db import Error, connection
+from django.http import HttpResponse
+{% if not has_jobs %}
 from django.contrib import messages
 from django.http import HttpResponseRedirect, JsonResponse
 from django.utils.deprecation import MiddlewareMixin
 from kombu.exceptions import LimitExceeded, OperationalError
 {% print broker.unavailable_imports %}
 {% print result_backend.unavailable_imports | default %}
+{% endif %}
 {% endset %}
+{% if not has_jobs %}
 import logging
 from traceback import extract_tb
 
+{% endif %}
 {{ imports.sort(lines) }}
+{% if not has_jobs %}
 logger = logging.getLogger(__name__)
 
 UNAVAILABLE = ({{ errors | join(", ") }})
+
+{% endif %}
+
+class HealthMiddleware:
+    """Answers /health/live and /health/ready. Probes use plain HTTP and an IP address."""
+
+    def __init__(self, get_response):
+        self.get_response = get_response
+
+    def __call__(self, request):
+        if request.path == "/health/live":
+            return HttpResponse("ok")
+        if request.path == "/health/ready":
+            return ready()
+{% if has_jobs %}
+        if request.path == "/metrics":  # any host: Prometheus uses an internal name or an address
+            request.get_host = lambda: "localhost"
+{% endif %}
+        return self.get_response(request)
+
+
+def ready():
+    """Answer 200 if the database works, else 503."""
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+    except Error:
+        return HttpResponse("no database", status=503)
+    return HttpResponse("ok")
+{% if not has_jobs %}
 
 
 class ErrorMiddleware(MiddlewareMixin):
@@ -35,3 +72,4 @@ class ErrorMiddleware(MiddlewareMixin):
         last = extract_tb(error.__traceback__)[-1]
         if isinstance(error, RecursionError) and "json" in last.filename:
             return JsonResponse({"detail": "The JSON is nested too deeply."}, status=400)
+{% endif %}

@@ -28,47 +28,9 @@ DEBUG = env.bool("DEBUG", False)
 SECRET_KEY = env.str("SECRET_KEY")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", subcast=str.strip)
 CSRF_TRUSTED_ORIGINS = env.list("CSRF_TRUSTED_ORIGINS", [], subcast=str.strip)
-num_proxies = env.int("NUM_PROXIES", 0 if DEBUG else 1)
-throttle = env.str("THROTTLE", "600/min", validate=validate.Regexp(r"\d+/[smhd]"))
 TIME_ZONE = env.str("TIME_ZONE", "UTC")
 log_level = env.log_level("LOG_LEVEL", logging.INFO)
-sentry_dsn = env.str("SENTRY_DSN", "")
-release = env.str("RELEASE", "")
-otel_endpoint = env.str("OTEL_EXPORTER_OTLP_ENDPOINT", "")
-MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
-{% if has_cache %}
-cache_url = env.str("CACHE_URL", "")
-{% endif %}
-database = env.dj_db_url(
-    "DATABASE_URL",
-    conn_max_age=env.int("CONN_MAX_AGE", 60),  # seconds; under ASGI, 0: see config/asgi.py
-    conn_health_checks=True,  # replace a connection that the server has closed
-    disable_server_side_cursors=env.bool("DISABLE_SERVER_SIDE_CURSORS", False),  # for PgBouncer
-)
-EMAIL_BACKEND = env.str(
-    "EMAIL_BACKEND", f"django.core.mail.backends.{'filebased' if DEBUG else 'smtp'}.EmailBackend"
-)
-EMAIL_HOST = env.str("EMAIL_HOST")
-EMAIL_PORT = env.int("EMAIL_PORT", 587)
-EMAIL_HOST_USER = env.str("EMAIL_HOST_USER", "")
-EMAIL_HOST_PASSWORD = env.str("EMAIL_HOST_PASSWORD", "")
-EMAIL_USE_SSL = env.bool("EMAIL_USE_SSL", False)  # TLS from the first byte: port 465
-EMAIL_USE_TLS = env.bool("EMAIL_USE_TLS", not EMAIL_USE_SSL)
-DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
-{% print broker.env_settings %}
-{% print result_backend.env_settings | default %}
-CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", 600)  # seconds
-{% print worker_pool.env_settings %}
-{% print durable_jobs.env_settings | default %}
-{% if has_flower %}
-FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", "")  # Flower refuses to start without it
-FLOWER_PORT = env.int("FLOWER_PORT", {{ flower_port }})
-# The page's link for staff. In production, only you know the address.
-FLOWER_URL = env.str("FLOWER_URL", f"http://127.0.0.1:{FLOWER_PORT}/" if DEBUG else "")
-{% endif %}
-env.seal()  # raises one error for all that are missing or wrong
 
-# Django
 INSTALLED_APPS = [
     "django.contrib.admin",
     "django.contrib.auth",
@@ -103,7 +65,7 @@ INSTALLED_APPS = [
 {% endif %}
 ]
 MIDDLEWARE = [
-    "api.health.HealthMiddleware",  # before middleware that checks the host or redirects
+    "api.middleware.HealthMiddleware",  # before middleware that checks the host or redirects
     "django.middleware.security.SecurityMiddleware",
     "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
@@ -137,19 +99,28 @@ DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 LOGIN_URL = "login"
 LOGIN_REDIRECT_URL = "index"
 LOGOUT_REDIRECT_URL = "index"
+
+# Files
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
-# With a hash in their names, browsers keep static files until they change.
-static_storage = "whitenoise.storage.CompressedManifestStaticFilesStorage"
 WHITENOISE_KEEP_ONLY_HASHED_FILES = True
-if DEBUG:  # works without `manage.py collectstatic`
-    static_storage = "django.contrib.staticfiles.storage.StaticFilesStorage"
+MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
-    "staticfiles": {"BACKEND": static_storage},
+    # Browsers keep these files until they change: their names have a hash, but not with DEBUG.
+    "staticfiles": {"BACKEND": "whitenoise.storage.CompressedManifestStaticFilesStorage"},
 }
-DATABASES = {"default": database}
-if database["ENGINE"] == "django.db.backends.sqlite3":
+{% print durable_jobs.storage_settings | default %}
+
+# Database and cache
+database = env.dj_db_url(
+    "DATABASE_URL",
+    conn_max_age=env.int("CONN_MAX_AGE", 60),  # seconds; under ASGI, 0: see config/asgi.py
+    conn_health_checks=True,  # replace a connection that the server has closed
+    disable_server_side_cursors=env.bool("DISABLE_SERVER_SIDE_CURSORS", False),  # for PgBouncer
+)
+DATABASES = {"default": database or {}}
+if database and database["ENGINE"] == "django.db.backends.sqlite3":
     database["NAME"] = BASE_DIR / database["NAME"]
     # The web server, the worker and Beat share one file: wait for a lock instead of failing.
     database["OPTIONS"] = {
@@ -160,15 +131,12 @@ if database["ENGINE"] == "django.db.backends.sqlite3":
 {% if has_jobs %}
     database["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
 {% endif %}
-else:  # don't wait long for a server that has disappeared
+elif database:  # don't wait long for a server that has disappeared
     timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
     timeouts |= {"keepalives_idle": 5, "keepalives_interval": 5}  # and probe an idle connection
     database["OPTIONS"] = timeouts | database.get("OPTIONS", {})
-    if size := database["OPTIONS"].get("pool"):  # DATABASE_URL=postgres://…?pool=8
-        database["OPTIONS"]["pool"] = {"min_size": 0, "max_size": size}
-        database["CONN_MAX_AGE"] = 0  # Django's own pool reuses connections
 {% if has_cache %}
-if cache_url:
+if cache_url := env.str("CACHE_URL", ""):
     CACHES = {
         "default": {
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
@@ -178,9 +146,19 @@ if cache_url:
         }
     }
 {% endif %}
-{% print durable_jobs.storage_settings | default %}
-EMAIL_FILE_PATH = BASE_DIR / ".data/mail"  # for the backend "filebased", in development
+
+# Email
+email = "filebased" if DEBUG else "smtp"
+EMAIL_BACKEND = env.str("EMAIL_BACKEND", f"django.core.mail.backends.{email}.EmailBackend")
+EMAIL_FILE_PATH = BASE_DIR / ".data/mail"  # for the backend "filebased"
+EMAIL_HOST = env.str("EMAIL_HOST")
+EMAIL_PORT = env.int("EMAIL_PORT", 587)
+EMAIL_HOST_USER = env.str("EMAIL_HOST_USER", "")
+EMAIL_HOST_PASSWORD = env.str("EMAIL_HOST_PASSWORD", "")
+EMAIL_USE_SSL = env.bool("EMAIL_USE_SSL", False)  # TLS from the first byte: port 465
+EMAIL_USE_TLS = env.bool("EMAIL_USE_TLS", not EMAIL_USE_SSL)
 EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail server that hangs
+DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # Security
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
@@ -189,6 +167,7 @@ SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private 
 {% endif %}
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600  # raise it once HTTPS works
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
+num_proxies = env.int("NUM_PROXIES", 0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
 if num_proxies:  # without a proxy, these headers could only come from a client: don't trust them
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
@@ -202,7 +181,6 @@ CONTENT_SECURITY_POLICY = {  # pages run only the project's own scripts
         "img-src": ["'self'", "data:"],
         "base-uri": ["'none'"],
         "form-action": ["'self'"],
-        "frame-ancestors": ["'none'"],
     }
 }
 AUTH_USER_MODEL = "users.User"
@@ -222,6 +200,7 @@ AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts during a locko
 AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # API
+throttle = env.str("THROTTLE", "600/min", validate=validate.Regexp(r"\d+/[smhd]"))
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
         "rest_framework.authentication.TokenAuthentication",
@@ -253,6 +232,32 @@ SPECTACULAR_SETTINGS = {
     "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN
     "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
 }
+
+# Errors and traces
+if sentry_dsn := env.str("SENTRY_DSN", ""):
+    import sentry_sdk  # only if needed, because it slows each start by a sixth
+    from sentry_sdk.integrations.celery import CeleryIntegration
+    from sentry_sdk.integrations.logging import ignore_logger
+
+    beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
+    release = env.str("RELEASE", "") or None
+    sentry_sdk.init(sentry_dsn, release=release, before_send=logs.add_ids, integrations=[beat])
+    ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
+if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", ""):
+    INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
+
+# Celery: what differs between machines
+{% print broker.env_settings %}
+{% print result_backend.env_settings | default %}
+CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", 600)  # seconds
+{% print worker_pool.env_settings %}
+{% print durable_jobs.env_settings | default %}
+{% if has_flower %}
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", "")  # Flower refuses to start without it
+FLOWER_PORT = env.int("FLOWER_PORT", {{ flower_port }})
+FLOWER_URL = env.str("FLOWER_URL", f"http://127.0.0.1:{FLOWER_PORT}/" if DEBUG else "")
+{% endif %}
+env.seal()  # raises one error for all that are missing or wrong, which are None until here
 
 # Celery: tasks
 {% if has_jobs %}
@@ -311,26 +316,11 @@ CELERY_TASK_IGNORE_RESULT = True
 # Celery: workers
 {% print worker_pool.settings %}
 {% if has_flower %}
-
-# Flower shows each task's state
-CELERY_TASK_SEND_SENT_EVENT = True
-CELERY_WORKER_SEND_TASK_EVENTS = True
+CELERY_WORKER_SEND_TASK_EVENTS = True  # Flower shows each task's state,
+CELERY_TASK_SEND_SENT_EVENT = True  # also before a worker has the task
 {% endif %}
 
-# Logs and errors
-if sentry_dsn:
-    import sentry_sdk  # only if needed, because it slows each start by a sixth
-    from sentry_sdk.integrations.celery import CeleryIntegration
-    from sentry_sdk.integrations.logging import ignore_logger
-
-    beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
-    options = {"release": release or None, "before_send": logs.add_ids, "integrations": [beat]}
-    sentry_sdk.init(sentry_dsn, **options)
-    ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
-
-if otel_endpoint:
-    INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
-
+# Logs
 LOGGING = logs.configure(DEBUG, level=log_level)
 DJANGO_STRUCTLOG_STATUS_START_LOG_LEVEL = logging.DEBUG  # INFO shows only the end of a request
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a message carries the request's id to the worker

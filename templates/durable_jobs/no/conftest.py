@@ -27,6 +27,10 @@ def quick_settings(settings):
     cache.clear()
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast
     settings.AXES_ENABLED = False  # it needs a request, which client.login() has not
+    settings.STORAGES = {
+        "default": {"BACKEND": "django.core.files.storage.InMemoryStorage"},  # uploads
+        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+    }
     settings.WHITENOISE_AUTOREFRESH = True  # works without `manage.py collectstatic`
 
 

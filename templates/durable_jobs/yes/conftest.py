@@ -26,10 +26,12 @@ def quick_settings(settings):
     # Throttles count in the cache. Each test has an empty one and does not use your CACHE_URL.
     settings.CACHES = {"default": {"BACKEND": "django.core.cache.backends.locmem.LocMemCache"}}
     cache.clear()
-    memory = {"BACKEND": "django.core.files.storage.InMemoryStorage"}  # for uploads
-    settings.STORAGES = {**settings.STORAGES, "default": memory}
     settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]  # fast
     settings.AXES_ENABLED = False  # it needs a request, which client.login() has not
+    settings.STORAGES = {
+        "default": {"BACKEND": "django.core.files.storage.InMemoryStorage"},  # uploads
+        "staticfiles": {"BACKEND": "django.contrib.staticfiles.storage.StaticFilesStorage"},
+    }
     settings.WHITENOISE_AUTOREFRESH = True  # works without `manage.py collectstatic`
 
 

@@ -76,7 +76,7 @@ def test_a_task_of_a_default_output_becomes_a_job_and_a_task_again(project, data
         variables = {**broker.variables, **mails.variables, "DATABASE_URL": url}
         run_tests(project, **broker.variables, DATABASE_URL=url)
         project.manage("migrate", **variables)
-        commands = re.findall("^(?:worker|beat): (celery .*)", project.read("Procfile.dev"), re.M)
+        commands = re.findall("^(?:worker|beat): .*(celery .*)", project.read("Procfile.dev"), re.M)
         path = {"PATH": f"{project}/.venv/bin:/usr/bin:/bin", **variables}
         worker, beat = (
             Process(command.split(), tmp_path / f"{number}.log", cwd=project, variables=path)

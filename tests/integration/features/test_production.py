@@ -115,7 +115,8 @@ def commands(project, page):
 
     They are those in the page's table.
     """
-    processes = dict(line.split(": ", 1) for line in project.read("Procfile.dev").splitlines())
+    procfile = project.read("Procfile.dev").replace("python dev.py ", "")
+    processes = dict(line.split(": ", 1) for line in procfile.splitlines())
     [processes["web"]] = re.findall(r"`web: (gunicorn [^`]*)`", page)
     assert re.findall(TABLE, page, re.M) == list(processes.values())
     return processes
@@ -155,7 +156,7 @@ def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_po
     _, service = row.findall(render("docs/production.md", worker_pool=worker_pool))
     page = render("docs/production.md", worker_pool=worker_pool, deployment="none")
     procfile, unit = row.findall(page)
-    command = procfile.removeprefix("reports: ")
+    command = procfile.removeprefix("reports: python dev.py ")
     assert command == f"{re.findall(TABLE, page, re.M)[1]} --queues reports -n reports@%h"
 
     added = code(page, "[Unit]").replace("[Service]\n", f"[Service]\n{unit}\n")

@@ -98,7 +98,7 @@ def test_an_update_keeps_what_the_owner_changed(make, template, tmp_path):
 
     output = template / "{{cookiecutter.project_slug}}"
     output.edit(SETTINGS, *TEMPLATES)
-    output.edit("Procfile.dev", "beat: celery", "beat: exec celery")
+    output.edit("Procfile.dev", "beat: python", "beat: exec python")
     (output / "{{ cookiecutter.new_option }}.md").write_text("New\n")
     options = '"new_option": ["default", "other"], "include_example"'
     template.edit("cookiecutter.json", r'"include_example"(?=: \[)', options)
