@@ -23,6 +23,8 @@ RUNS = [
     pytest.param(server, pool, marks=pytest.mark.xdist_group(f"library-{server}-{pool}"))
     for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]
 ]
+# They start tools and processes: neither the database nor the pool matters.
+ONCE = [f"--ignore={LIBRARY / 'tests' / name}" for name in ("test_types.py", "test_strangers.py")]
 FEW_ROUNDS = 30  # of races; integration/features/test_library_races.py has more
 
 
@@ -37,7 +39,8 @@ def test_the_library_passes_its_own_tests(server, pool, request, tmp_path):
     variables = {"ROUNDS": os.environ.get("ROUNDS", FEW_ROUNDS)}
     if server == "database":  # PostgreSQL
         variables["DATABASE_URL"] = request.getfixturevalue(server).create(f"library_{pool}")
-    printed = run_tests(LIBRARY, tmp_path, modules=POOLS[pool], **variables)
+    options = ONCE if server == "database" else []
+    printed = run_tests(LIBRARY, tmp_path, *options, modules=POOLS[pool], **variables)
     # Those that need PostgreSQL, or more than one thread.
     others = r", \d+ skipped" if server == "sqlite" else ""
     others += r", \d+ deselected" if pool == "gevent" else ""

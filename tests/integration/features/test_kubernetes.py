@@ -85,6 +85,10 @@ def test_the_manifests_are_valid(render, answers):
     assert (beat["replicas"], beat["strategy"]) == (1, {"type": "Recreate"})
     [container] = beat["template"]["spec"]["containers"]
     assert "livenessProbe" in container
+    [web] = pods(documents)["Deployment", "web"]["containers"]
+    paths = {"startupProbe": "live", "livenessProbe": "live", "readinessProbe": "ready"}
+    for probe, path in paths.items():  # without a `Host` of ALLOWED_HOSTS
+        assert web[probe]["httpGet"] == {"path": f"/health/{path}", "port": 8000}
     check_uploads(documents, workers)
     if has_jobs:  # without them, KEDA reads some that the code does not
         check_variables(project, documents)
@@ -99,6 +103,8 @@ def check_pod(spec, documents, key):
     else:
         assert "until python manage.py migrate --check" in first["command"][-1], key
     volumes = {volume["name"] for volume in spec["volumes"]}
+    for volume in spec["volumes"]:  # none can fill the disk of its node
+        assert volume.get("emptyDir", {"sizeLimit": "none"})["sizeLimit"], key
     for container in spec["containers"]:
         assert container["resources"]["requests"] and container["resources"]["limits"], key
     for container in spec["containers"] + spec.get("initContainers", []):
@@ -244,15 +250,6 @@ def test_production_has_every_variable_that_it_needs(render, broker):
     secret = only("Secret", documents)["data"]
     assert project.production().keys() <= {*config, *secret}
     assert {"SENTRY_DSN", "S3_BUCKET"} <= {*secret}
-
-
-def test_the_probes_ask_for_the_health_of_the_project(render):
-    """Without a `Host` of ALLOWED_HOSTS: they send the IP address of the pod."""
-    _, documents = render()
-    [web] = pods(documents)["Deployment", "web"]["containers"]
-    paths = {"startupProbe": "live", "livenessProbe": "live", "readinessProbe": "ready"}
-    for probe, path in paths.items():
-        assert web[probe]["httpGet"] == {"path": f"/health/{path}", "port": 8000}
 
 
 def ports(rules):
@@ -448,13 +445,6 @@ def test_flower_has_no_default_password(render, broker):
     [container] = pods(documents)["Deployment", "flower"]["containers"]
     assert container["command"] == ["celery", "-A", "config", "flower"]  # reads flowerconfig.py
     assert "env" not in container  # so it listens only inside its pod
-
-
-def test_no_pod_can_fill_the_disk_of_its_node(render):
-    _, documents = render()
-    for key, spec in pods(documents).items():
-        for volume in spec["volumes"]:
-            assert volume.get("emptyDir", {"sizeLimit": "none"})["sizeLimit"], key
 
 
 def test_each_process_has_the_same_time_to_stop(render):
