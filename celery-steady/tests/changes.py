@@ -1,4 +1,4 @@
-"""Prints what celery-steady changes in Celery, kombu and billiard: python changes.py threads redis://…
+"""Prints what celery-steady changes in Celery, kombu and billiard: python changes.py redis://…
 
 test_isolation.py runs it.
 """
@@ -15,6 +15,7 @@ import celery
 import kombu
 
 PACKAGES = "celery", "kombu", "billiard"
+POOLS = "solo", "threads"
 # What a worker of Celery's changes: caches, and the state of the process.
 OWN = {
     "__warningregistry__",
@@ -101,20 +102,21 @@ def run(pool, broker, backend, **conf):
     return kind
 
 
-def main(pool, url):
+def main(url):
     import_all()
-    for broker, backend in ("memory://", "cache+memory://"), (url, url):
-        run(pool, broker, backend)  # fills the caches
+    for pool in POOLS:
+        for broker, backend in ("memory://", "cache+memory://"), (url, url):
+            run(pool, broker, backend)  # fills the caches
     before = look()
     OWNERS.update(owners())
 
     consumer = "celery_steady.consumer:Consumer"
     for module in "beat", "events", "patience", "rabbitmq", "redis", "results", "sqs", "versions":
         import_module(f"celery_steady.{module}")
-    assert run(pool, "memory://", "cache+memory://", worker_consumer=consumer) == consumer
-    transport = "celery_steady.redis:Transport"
-    conf = {"broker_transport": transport, "worker_consumer": consumer}
-    assert run(pool, url, url, **conf) == consumer
+    transport = {"broker_transport": "celery_steady.redis:Transport"}
+    for pool in POOLS:
+        assert run(pool, "memory://", "cache+memory://", worker_consumer=consumer) == consumer
+        assert run(pool, url, url, worker_consumer=consumer, **transport) == consumer
 
     after = look()
     for name in sorted(before.keys() | after.keys()):

@@ -52,12 +52,6 @@ def run(app, pool):
 
 
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_worker_in_a_thread_runs_a_task_and_ends(urls, pool):
-    kind = run(make_app(**urls, **STEADY), pool)
-    assert kind.__module__ == "celery_steady.consumer"
-
-
-@pytest.mark.parametrize("pool", POOLS)
 def test_a_worker_in_a_thread_ends_with_a_limited_shutdown_too(urls, pool):
     """It must neither handle signals nor end the process, which is the test's."""
     run(make_app(**urls, **STEADY, worker_soft_shutdown_timeout=1), pool)
@@ -68,7 +62,7 @@ def test_another_app_of_the_process_is_as_it_was(urls, pool):
     stock = {name: url for name, url in urls.items() if name != "broker_transport"}
     other = make_app(**stock)
     before = {**other.conf}
-    run(make_app(**urls, **STEADY), pool)
+    assert run(make_app(**urls, **STEADY), pool).__module__ == "celery_steady.consumer"
     assert {**other.conf} == before
     task = other.tasks[add.name]
     assert task.Request == make_app(**stock).tasks[add.name].Request
@@ -87,11 +81,10 @@ def test_a_task_of_another_app_fails_as_celerys_does(urls):
         other.tasks[leave.name]()
 
 
-@pytest.mark.parametrize("pool", POOLS)
-def test_no_class_and_no_module_of_celery_is_changed(pool, redis):
+def test_no_class_and_no_module_of_celery_is_changed(redis):
     """In a new process, which imports the package only after the first look."""
     script = Path(__file__).with_name("changes.py")
-    command = [sys.executable, script, pool, redis.url]
+    command = [sys.executable, script, redis.url]
     ended = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=2 * LIMIT)
     assert (ended.returncode, ended.stdout) == (0, ""), ended.stdout + ended.stderr
 
