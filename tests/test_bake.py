@@ -132,6 +132,16 @@ def test_every_three_choices_bake_to_a_clean_project(bake, is_new, answers):
     check_project(bake(**answers), is_new)
 
 
+@pytest.mark.parametrize("pool", CHOICES["worker_pool"])
+@pytest.mark.parametrize("broker", CHOICES["broker"])
+def test_celery_6_changes_nothing_when_a_worker_loses_its_connection(broker, pool):
+    """It then cancels running tasks by default. Only RabbitMQ delivers them again at once."""
+    answers = {"project_name": "Shop", "broker": broker, "worker_pool": pool}
+    settings = render("config/settings.py", **answers)
+    found = re.findall("LONG_RUNNING_TASKS_ON_CONNECTION_LOSS = (True|False)", settings)
+    assert found == [str(broker == "rabbitmq" and pool != "threads")]
+
+
 @pytest.mark.parametrize("durable_jobs", CHOICES["durable_jobs"])
 def test_there_are_no_circular_imports(bake, durable_jobs):
     """Not even inside functions."""
