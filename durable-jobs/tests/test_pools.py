@@ -71,7 +71,7 @@ def test_a_worker_limits_its_shutdown_as_its_pool_needs(monkeypatch, pool):
 
 
 def test_gevent_without_monkey_patching_is_refused(monkeypatch):
-    monkeypatch.setattr(pools, "IS_GEVENT", False)
+    monkeypatch.setattr(startup, "IS_GEVENT", False)
     with pytest.raises(SystemExit, match="--pool gevent"):
         worker_init.send(Mock(pool_cls="gevent", consumer_cls=None))
 
