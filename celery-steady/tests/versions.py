@@ -16,6 +16,7 @@ test_each_poison_ends_and_other_tasks_run[prefork] | celery 5.7 | a child that e
 test_a_worker_that_fails_ends_although_its_tasks_do_not | celery 5.6 | their messages come back after the visibility timeout
 test_a_task_that_runs_through_a_restart_of_redis_starts_once[prefork] | celery 5.7 | children that had a task get no other after a restart of Redis
 test_a_task_that_ends_while_redis_is_down_is_not_run_again[prefork] | celery 5.6 | the end of a task is not noticed after a restart of Redis
+test_an_error_that_is_half_read_when_the_connection_is_lost_arrives | celery 5.6 | the end of a task is not noticed after a restart of Redis
 test_greenlets_get_results_again_after_an_error | celery 5.6 | they wait without an error
 """
 
