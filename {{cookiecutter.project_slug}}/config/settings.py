@@ -141,6 +141,7 @@ if cache_url := env.str("CACHE_URL", ""):
         "default": {
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
             "LOCATION": cache_url,
+            "KEY_PREFIX": "{{ "{" ~ cookiecutter.project_slug ~ "}" }}",  # as Celery's keys
             # If the cache hangs, a request waits only one or two seconds.
             "OPTIONS": {"socket_timeout": 1, "socket_connect_timeout": 1},
         }

@@ -65,8 +65,8 @@ def execute(sql, params, values):
     """Run this SQL with `values` for its Arguments. Returns its rows, or how many it changed."""
     # Do not prepare a SELECT: keys and batches with few rows and with many would share one plan.
     with connection.cursor() if sql.startswith("SELECT") else cursor_that_prepares() as cursor:
-        own = cursor.db  # `connection` would look it up for each attribute
-        values = [p.prepare(values, own) if isinstance(p, Argument) else p for p in params]
+        database = cursor.db  # `connection` would look it up for each attribute
+        values = [p.prepare(values, database) if isinstance(p, Argument) else p for p in params]
         cursor.execute(sql, values)
         return cursor.fetchall() if cursor.description else cursor.rowcount
 

@@ -90,12 +90,12 @@ def cursor_that_prepares():
 
     Django's own cursor sends each statement as text. In debug mode it is used here, too, to log the SQL.
     """
-    own = connections[DEFAULT_DB_ALIAS]  # `connection` would look it up for each attribute
-    if own.vendor != "postgresql" or own.queries_logged:
-        return own.cursor()
-    own.close_if_health_check_failed()
-    own.ensure_connection()
-    return own._prepare_cursor(own.Database.Cursor(own.connection))
+    database = connections[DEFAULT_DB_ALIAS]  # `connection` would look it up for each attribute
+    if database.vendor != "postgresql" or database.queries_logged:
+        return database.cursor()
+    database.close_if_health_check_failed()
+    database.ensure_connection()
+    return database._prepare_cursor(database.Database.Cursor(database.connection))
 
 
 def wait_for(query, *args, **kwargs):

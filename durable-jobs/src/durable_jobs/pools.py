@@ -94,9 +94,8 @@ class Greenlets:
             try:
                 return sync.async_to_sync(function)()
             finally:
-                del executors[
-                    context
-                ]  # whose end would wait for a coroutine that ignores its time limit
+                # Its end would wait for a coroutine that ignores its time limit.
+                del executors[context]
 
     def query(self, function, *args, **kwargs):
         # Use one of ten threads. Otherwise each greenlet would open its own connection.

@@ -180,6 +180,12 @@ print(group(add.s(each, 1) for each in numbers)().get(timeout=300))
 print(chord(add.s(each, 1) for each in numbers)(total.s()).get(timeout=300))
 """
 
+CACHE = """
+from django.core.cache import cache
+cache.set("trial", 1)
+assert cache.get("trial") == 1
+"""
+
 
 @on_redis
 def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
@@ -218,10 +224,10 @@ def test_redis_may_have_a_socket_and_users(stack, tmp_path, address):
         subprocess.run(["redis-cli", "-p", str(port), *rule.split()], check=True)
         user = f"{rule.split()[2]}:PASSWORD"
         url = partial(address.format, socket=path, port=port, user=user)
-        names = "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"
+        names = "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CACHE_URL"
         variables = {name: url(number=number) for number, name in enumerate(names)}
         stack.replace_worker(**variables)
-        code = f"import dev; assert not [*dev.start_redis()]{CHORD}"
+        code = f"import dev; assert not [*dev.start_redis()]{CACHE}{CHORD}"
         printed = stack.project.manage("shell", "-v0", "-c", code, **stack.variables | variables)
         assert printed.split("\n")[-3:-1] == ["[2, 3, 4]", "9"]
 
