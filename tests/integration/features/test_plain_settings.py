@@ -224,8 +224,9 @@ def test_redis_may_have_a_socket_and_users(stack, tmp_path, address):
         subprocess.run(["redis-cli", "-p", str(port), *rule.split()], check=True)
         user = f"{rule.split()[2]}:PASSWORD"
         url = partial(address.format, socket=path, port=port, user=user)
-        names = "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "CACHE_URL"
+        names = "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"
         variables = {name: url(number=number) for number, name in enumerate(names)}
+        variables["CACHE_URL"] = f"redis://{user}@127.0.0.1:{port}/2"
         stack.replace_worker(**variables)
         code = f"import dev; assert not [*dev.start_redis()]{CACHE}{CHORD}"
         printed = stack.project.manage("shell", "-v0", "-c", code, **stack.variables | variables)
