@@ -260,6 +260,14 @@ def greenlets_get_no_result_after_an_error(kind, redis):
 # The worker
 
 
+def an_error_of_one_step_ends_the_shutdown(kind, redis):
+    """Such as of a channel that is closed in two threads. The connection then gives back no tasks."""
+    connection, control = Mock(), Mock(shutdown=Mock(side_effect=OSError))
+    consumer = make(kind, hub=Mock(), steps=[connection, control], blueprint=kind.Blueprint())
+    fails(OSError, consumer.shutdown)
+    return not connection.shutdown.called
+
+
 def a_soft_shutdown_takes_its_whole_time(is_cured, redis):
     """No task runs any more, but the worker goes on waiting."""
     conf = SimpleNamespace(
@@ -335,6 +343,7 @@ def a_task_that_a_child_has_just_got_is_forgotten(kind, redis):
 
 
 REDIS = redis.Transport, steady_redis.Transport
+CONSUMERS = steady_consumer.StockConsumer, steady_consumer.Consumer
 FAULTS = {  # {reproduction: (Celery's or kombu's part, ours)}
     an_acknowledgement_that_fails_is_not_repeated: (virtual.Message, messages.Message),
     redis_redelivers_what_its_own_worker_has: REDIS,
@@ -353,10 +362,8 @@ FAULTS = {  # {reproduction: (Celery's or kombu's part, ours)}
     a_chord_does_not_get_an_ignored_result: (DynamoDBBackend, dynamodb.DynamoDBBackend),
     the_state_retry_replaces_a_result: (RedisBackend, steady_redis.RedisBackend),
     greenlets_get_no_result_after_an_error: (geventDrainer, steady_redis.Drainer),
-    a_task_that_a_child_has_just_got_is_forgotten: (
-        steady_consumer.StockConsumer,
-        steady_consumer.Consumer,
-    ),
+    a_task_that_a_child_has_just_got_is_forgotten: CONSUMERS,
+    an_error_of_one_step_ends_the_shutdown: CONSUMERS,
     a_soft_shutdown_takes_its_whole_time: (False, True),
     a_thread_cannot_be_ended: (False, True),
     a_task_that_raises_a_system_exit_never_ends: (False, True),

@@ -161,6 +161,11 @@ class Consumer(StockConsumer):
         self.announce_shutdown()
         super().stop()
 
+    def shutdown(self):
+        """An error of one step, such as that of a closed channel, would keep others from giving back tasks."""
+        self.perform_pending_operations()
+        self.blueprint.send_all(self, "shutdown", propagate=False)
+
 
 def warn_of_memory(pool):
     """If each child would end after one task, say so: billiard's own line of the log is hidden."""

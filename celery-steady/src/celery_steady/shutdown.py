@@ -122,6 +122,8 @@ def limit(consumer, seconds, exitcode):
         try:
             close(consumer)
             signals.worker_shutdown.send(consumer.controller)
+        except Exception:
+            logger.exception("Error at the end of the worker")
         finally:
             os._exit(exitcode)
 
@@ -130,6 +132,8 @@ def limit(consumer, seconds, exitcode):
 
 
 def close(consumer):
-    if consumer.hub:
-        consumer.hub.close()  # acknowledges tasks that have ended
-    consumer.shutdown()  # closes the connection, which gives the other messages back
+    try:
+        if consumer.hub:
+            consumer.hub.close()  # acknowledges tasks that have ended
+    finally:
+        consumer.shutdown()  # closes the connection, which gives the other messages back
