@@ -201,6 +201,9 @@ class RabbitMQ(Broker):
 
     def launch(self):
         self.is_restart = self.process is not None
+        if self.is_restart:  # killed, RabbitMQ 4.0 with this setting doesn't always boot
+            name = "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"
+            self.options["env"][name] = self.options["env"][name].replace(REFUSE_TRANSIENT, "")
         super().launch()
 
     def wait_until_ready(self):

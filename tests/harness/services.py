@@ -181,12 +181,13 @@ LABELS = {
     "database": "PostgreSQL",
     "broker": "{broker} (broker)",
     "results": "{backend} (results)",
-    "cache": "redis (cache)",
+    "cache": "Redis (cache)",
     "web": "web server",
     "worker": "worker",
     "beat": "Beat",
     "flower": "Flower",
 }
+NAMES = {"redis": "Redis", "rabbitmq": "RabbitMQ", "sqs": "SQS", "dynamodb": "DynamoDB"}
 
 
 def servers_of(answers):
@@ -404,7 +405,8 @@ def table(cells):
 
 def label(cell):
     broker, backend, *_ = cell["stack"].split("-")
-    return LABELS[cell["service"]].format(broker=broker, backend=backend)
+    names = {"broker": NAMES[broker], "backend": NAMES.get(backend)}
+    return LABELS[cell["service"]].format(**names)
 
 
 def what_happens(found):
