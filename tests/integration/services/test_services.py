@@ -2,8 +2,8 @@
 
 Afterwards, nothing that was accepted is lost, tasks ran once, and fresh tasks succeed: nobody has
 to lend a hand. The end of the run prints the table of docs/reliability.md. EVERY=1 tests all
-combinations. TIMES=10 lets each fault of Redis or RabbitMQ happen ten times, with 40 tasks a second,
-which is more than moto manages.
+combinations. TIMES=10 lets each fault of Redis or RabbitMQ happen ten times, with 40 tasks a
+second, which is more than moto manages.
 """
 
 import os
