@@ -151,9 +151,9 @@ def test_systemd_accepts_the_unit_of_the_page(tmp_path, broker, worker_pool):
 
 @pytest.mark.parametrize("worker_pool", CHOICES["worker_pool"])
 def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_pool):
-    """In Procfile.dev, in the unit and in compose.yaml, it is the same command."""
+    """In Procfile.dev, in the unit and in the files of Compose, it is the same command."""
     row = re.compile(r"^\| [^|]+ \| `([^`]*--queues reports[^`]*)`", re.M)
-    _, service = row.findall(render("docs/production.md", worker_pool=worker_pool))
+    _, service, service_of_code = row.findall(render("docs/production.md", worker_pool=worker_pool))
     page = render("docs/production.md", worker_pool=worker_pool, deployment="none")
     procfile, unit = row.findall(page)
     command = procfile.removeprefix("reports: python dev.py ")
@@ -166,9 +166,15 @@ def test_a_queue_has_a_worker_of_its_own_where_the_page_says(tmp_path, worker_po
     compose = render("compose.yaml", worker_pool=worker_pool)
     compose = re.sub("^  beat:", f"  {service}\n\n  beat:", compose, flags=re.M)
     services = yaml.safe_load(compose)["services"]
-    assert services["reports"].pop("command") + " -n reports@%h" == command
+    in_container = services["reports"].pop("command")
+    assert f"{in_container} -n reports@%h" == command
     without_command = {key: value for key, value in services["worker"].items() if key != "command"}
     assert services["reports"] == {**without_command, "scale": 1}
+
+    compose = render("compose.dev.yaml", worker_pool=worker_pool)
+    compose = yaml.safe_load(f"{compose.rstrip()}\n\n  {service_of_code}\n")
+    reports = {**compose["x-code"], "command": f"python dev.py {in_container}"}
+    assert compose["services"]["reports"] == reports
 
 
 # The page as a staff user sees it
