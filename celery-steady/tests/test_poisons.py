@@ -65,27 +65,27 @@ def expected(pool):
     return {name: state for state, names in states for name in names.split()}
 
 
+def of_processes(worker, name):
+    """Return {process id: content of this file in /proc} of the worker's processes."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            if os.getpgid(int(folder.name)) == worker.pid:
+                found[int(folder.name)] = (folder / name).read_bytes()
+    return found
+
+
 def has_processes(worker):
     """Return whether a process of this worker runs Celery's code: one that a task started doesn't."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(folder.name)) == worker.pid:
-                if b"worker_app" in (folder / "cmdline").read_bytes():
-                    return True
-        except OSError:
-            continue
-    return False
+    return any(b"worker_app" in command for command in of_processes(worker, "cmdline").values())
 
 
 def stopped_processes(worker):
     """Return the ids of this worker's processes that a signal has stopped."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if state == "T" and int(group) == worker.pid:
-                found.append(int(folder.name))
-    return found
+    states = {
+        each: stat.rpartition(b") ")[2][:1] for each, stat in of_processes(worker, "stat").items()
+    }
+    return [each for each, state in states.items() if state == b"T"]
 
 
 def ids_in(redis):
