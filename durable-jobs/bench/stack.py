@@ -15,6 +15,14 @@ from harness.project import Project, children_of, connects, env, free_ports, pro
 
 BENCH = Path(__file__).parent
 TICKS = os.sysconf("SC_CLK_TCK")  # for each second
+WAL = r"""
+SELECT current_setting('server_version_num')::int >= 180000 AS counts_io \gset
+\if :counts_io
+SELECT sum(fsyncs), (SELECT wal_bytes FROM pg_stat_wal) FROM pg_stat_io WHERE object = 'wal';
+\else
+SELECT wal_sync, wal_bytes FROM pg_stat_wal;
+\endif
+"""
 RIVALS = [
     *(each for each in ABOUT["dependency-groups"]["test"] if str(each).startswith("django~")),
     "django-tasks-db[compat]~=0.13",
@@ -202,8 +210,8 @@ def flushes(database):
 
 def wal(database):
     """Return how often PostgreSQL flushed its log to disk, and how many bytes it has written."""
-    query = ["-Atc", "SELECT wal_sync, wal_bytes FROM pg_stat_wal", f"{database.url}/postgres"]
-    answer = subprocess.run([database.binaries / "psql", *query], capture_output=True, text=True)
+    command = [database.binaries / "psql", "-qAt", f"{database.url}/postgres"]
+    answer = subprocess.run(command, input=WAL, capture_output=True, text=True, check=True)
     return [int(number) for number in answer.stdout.split("|")]
 
 
