@@ -142,7 +142,7 @@ def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     [beat] = stack.containers()["beat"]
     check = ("beat", "sh", "-c", beat["Config"]["Healthcheck"]["Test"][1])
     stack.exec(*check)
-    stack.exec("beat", "sh", "-c", "touch -d '11 minutes ago' /tmp/celerybeat*")
+    stack.exec("beat", "sh", "-c", "touch -d '11 minutes ago' /schedule/*")
     with pytest.raises(AssertionError):
         stack.exec(*check)
     # The next one to write it is Beat's loop. It does that each three minutes, here each second.
@@ -159,6 +159,34 @@ def test_beat_is_unhealthy_when_it_writes_its_schedule_no_more(stack):
     wait_for(lambda: written() > first, site=stack)
     stack.compose("restart", "beat")
     stack.up("beat")  # waits until it is healthy
+
+
+FORGET = """
+from datetime import timedelta
+from django.utils import timezone
+from orders.models import Order
+from users.models import User
+order = Order.objects.create(owner=User.objects.first(), product="Tea", quantity=2)
+Order.objects.filter(pk=order.pk).update(created_at=timezone.now() - timedelta(hours=2))
+print(order.pk)
+"""
+WAIT = """
+import shelve
+from datetime import timedelta
+from config import celery_app
+with shelve.open("/schedule/beat", writeback=True) as schedule:
+    for entry in schedule["entries"].values():
+        entry.last_run_at -= timedelta(hours=2)
+"""
+
+
+@on_one
+def test_what_was_due_while_beats_container_was_replaced_starts_then(stack):
+    url = f"/api/orders/{stack.shell(FORGET)}/"
+    stack.compose("rm", "--stop", "--force", "beat")
+    stack.compose("run", "--rm", "--no-deps", "-T", "beat", "python", "-c", WAIT)
+    stack.up("beat")
+    wait_for(lambda: stack.request(url)[2]["confirmed_at"], site=stack)
 
 
 @on_third
