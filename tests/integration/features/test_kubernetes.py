@@ -627,7 +627,7 @@ def uploading(request, engine, bake):
         "uv", "add", "--quiet", "--frozen", re.search('uv add "(django-storages.+?)"', page)[1]
     )
     if request.param == "no":  # with durable jobs, the settings have it
-        project.append("config/settings.py", code(page, "S3_BUCKET"))
+        project.edit("config/settings.py", r"(?=^# Database)", code(page, "S3_BUCKET"))
     project.call("docker", "build", "--quiet", "--tag", slug, ".")
     yield project
     docker("image", "rm", "--force", slug)
