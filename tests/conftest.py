@@ -1,5 +1,6 @@
 import hashlib
 import os
+import re
 import runpy
 import sys
 import tempfile
@@ -18,6 +19,7 @@ pytest.register_assert_rewrite("harness")  # before the first import from there
 from harness.bake import ENVIRONMENT, TEMPLATE, baked  # noqa: E402
 from harness.project import Project  # noqa: E402
 
+LONGEST = "(chaos|docker-redis|library-.+|steady)$"  # groups of tests
 pytest_plugins = [f"harness.{name}" for name in "containers faults outputs services".split()]
 
 
@@ -105,10 +107,7 @@ def run(capfd, monkeypatch, tmp_path):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Run tests that share a stack in the order of their files, and start with what takes longest.
-
-    These are chaos, containers, then the stacks with the most tests.
-    """
+    """Start with what takes longest; run tests that share a stack in the order of their files."""
 
     def group(item):
         marker = item.get_closest_marker("xdist_group")
@@ -117,8 +116,9 @@ def pytest_collection_modifyitems(items):
     def place(item):
         return item.location[:2] if group(item) else ()  # file and line; fixtures order the others
 
-    longest = {"chaos": len(items), "docker-redis": len(items), "": 0}
-    sizes = Counter(map(group, items)) | longest
+    # The longest of all, then the stacks with the most tests
+    longest = {name: len(items) for name in map(group, items) if re.match(LONGEST, name)}
+    sizes = Counter(map(group, items)) | longest | {"": 0}
     items.sort(key=lambda item: (-sizes[group(item)], group(item), place(item)))
 
 

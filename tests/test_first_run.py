@@ -5,7 +5,8 @@ import re
 import pytest
 
 from harness import demo
-from harness.bake import CHOICES, baked
+from harness.bake import baked
+from harness.containers import brokers
 from harness.outputs import default_output, plain_output, use
 from harness.project import path_without, started
 from harness.servers import SERVERS
@@ -61,7 +62,7 @@ def test_a_project_may_have_the_name_of_a_package(bake, package):
     assert {package, f"{package}-project"} < set(locked)
 
 
-@pytest.mark.parametrize("broker", CHOICES["broker"])
+@pytest.mark.parametrize("broker", brokers("demo"))
 def test_the_demo_runs_tasks_on_each_broker(broker, tmp_path, capfd):
     """As `make demo`: it fails if one of its steps does. Redis is not installed here."""
     tools = path_without("redis-server", "valkey-server", folder=tmp_path / "bin")

@@ -18,7 +18,7 @@ POOLS = {  # a child of prefork has one thread
     # monkey-patched first, as in a worker
     "gevent": ["gevent.monkey", "--module", "pytest", "-m", OTHER_THREADS],
 }
-# Each is a group of its own, so that conftest.py starts these long ones before other tests.
+# Each is a group of its own: conftest.py starts those first.
 RUNS = [
     pytest.param(server, pool, marks=pytest.mark.xdist_group(f"library-{server}-{pool}"))
     for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]

@@ -13,6 +13,7 @@ from unittest import SkipTest
 import billiard
 import celery
 import kombu
+from workers import in_thread
 
 PACKAGES = "celery", "kombu", "billiard"
 POOLS = "solo", "threads"
@@ -86,8 +87,6 @@ def look():
 
 def run(pool, broker, backend, **conf):
     """Run a task in a worker of a new app. Return the class of its consumer."""
-    from celery.contrib.testing.worker import start_worker
-
     app = celery.Celery("app", broker=broker, backend=backend, set_as_current=False)
     app.conf.update(conf)
 
@@ -95,8 +94,8 @@ def run(pool, broker, backend, **conf):
     def add(x, y):
         return x + y
 
-    with start_worker(app, pool=pool, perform_ping_check=False, shutdown_timeout=60) as worker:
-        assert add.delay(2, 3).get(timeout=60) == 5
+    with in_thread(app, pool) as worker:
+        assert add.delay(2, 3).get(timeout=60, interval=0.01) == 5
         kind = f"{type(worker.consumer).__module__}:{type(worker.consumer).__qualname__}"
     app.close()
     return kind

@@ -1,5 +1,6 @@
 """The fixtures that several files use: servers, workers, and the calls of their tasks."""
 
+import gc
 import logging
 from contextlib import ExitStack
 from functools import partial
@@ -31,6 +32,7 @@ def root_logger():
 def redis_server(tmp_path_factory):
     with Redis(tmp_path_factory.mktemp("redis")) as server:
         yield server
+        gc.collect()  # results that are left would look for a server that has ended
 
 
 @pytest.fixture(scope="session")

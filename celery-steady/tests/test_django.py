@@ -4,8 +4,8 @@ from unittest.mock import patch
 
 import pytest
 from celery import Celery, chord, states
-from celery.contrib.testing.worker import start_worker
 from servers import LIMIT
+from workers import in_thread
 
 django = pytest.importorskip("django")
 pytest.importorskip("django_celery_beat")
@@ -94,7 +94,7 @@ def test_a_chord_gets_the_results_of_its_members(app, ignored):
     def total(numbers):
         return sum(numbers)
 
-    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT):
+    with in_thread(app):
         assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
 
 

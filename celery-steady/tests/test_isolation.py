@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 from celery import Celery, shared_task
-from celery.contrib.testing.worker import start_worker
 from celery.worker.consumer import Consumer
 from kombu.transport.redis import Transport
 from servers import LIMIT
-from workers import PATHS
+from workers import PATHS, in_thread
 
 POOLS = ["solo", "threads"]
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, PATHS))}
@@ -45,9 +44,8 @@ def urls(request):
 
 def run(app, pool):
     """Run a task in a worker of this app, in another thread of this process."""
-    options = {"perform_ping_check": False, "shutdown_timeout": LIMIT}
-    with start_worker(app, pool=pool, **options) as worker:
-        assert app.tasks[add.name].delay(2, 3).get(timeout=LIMIT) == 5
+    with in_thread(app, pool) as worker:
+        assert app.tasks[add.name].delay(2, 3).get(timeout=LIMIT, interval=0.01) == 5
         return type(worker.consumer)
 
 

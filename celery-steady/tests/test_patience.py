@@ -2,8 +2,8 @@
 
 import pytest
 from celery import Celery
-from celery.contrib.testing.worker import start_worker
 from kombu import Connection
+from workers import in_thread
 
 from celery_steady import liveness
 from celery_steady import redis as steady_redis
@@ -115,5 +115,5 @@ def test_without_a_liveness_file_nothing_is_touched(monkeypatch):
 def test_a_pool_that_cannot_cancel_tasks_keeps_them_when_the_connection_is_lost(pool):
     name = "worker_cancel_long_running_tasks_on_connection_loss"
     app = make_app("memory://", worker_consumer="celery_steady.consumer:Consumer", **{name: True})
-    with start_worker(app, pool=pool, perform_ping_check=False):
+    with in_thread(app, pool):
         assert app.conf[name] is False

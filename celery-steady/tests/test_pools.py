@@ -13,8 +13,9 @@ def test_a_solo_worker_renews_while_its_task_runs(start, steady, send, calls, se
 def test_a_worker_without_a_child_that_has_started_shows_no_life(start, steady, tmp_path):
     file, gate = tmp_path / "alive", tmp_path / "gate"
     steady["worker_proc_alive_timeout"] = 1000
-    start(steady, LIVENESS_FILE=str(file), GATE=str(gate))
-    time.sleep(5)  # two heartbeats
+    options = ["--heartbeat-interval", "1"]
+    start(steady, options=options, LIVENESS_FILE=str(file), GATE=str(gate))
+    time.sleep(2.5)  # two heartbeats
     assert not file.exists()
     gate.touch()
     until(file.exists, "the file is touched")

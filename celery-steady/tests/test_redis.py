@@ -2,16 +2,16 @@
 
 import json
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from queue import Empty
 
 import pytest
 from celery import Celery
-from celery.contrib.testing.worker import start_worker
 from kombu import Connection, Consumer, Queue
 from redis.exceptions import ResponseError
 from servers import LIMIT, until
+from workers import in_thread
 
 from celery_steady.redis import DELIVERIES, IDLE, STOCK, release_countdowns
 
@@ -63,13 +63,16 @@ class Client:
             consumer.qos(prefetch_count=prefetch)
             yield arrived
 
-    def look(self, seconds=0.1):
+    def look(self):
         """Let what is in the queues arrive."""
-        try:
+        with suppress(TimeoutError):
             while True:
-                self.connection.drain_events(timeout=seconds)
-        except TimeoutError:
-            pass
+                self.connection.drain_events(timeout=0.1)
+
+    def wait(self, arrived, count=1):
+        """Wait until so many have arrived."""
+        while len(arrived) < count:
+            self.connection.drain_events(timeout=LIMIT)
 
 
 def waiting(redis, queue="queue"):
@@ -161,7 +164,7 @@ def test_an_inspection_gets_its_replies_in_time(redis):
     """Each waits in a queue that expires, and whose messages need no acknowledgement."""
     app = Celery(broker=redis.url, set_as_current=False)
     app.conf.update(broker_transport=redis.transport)
-    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT) as worker:
+    with in_thread(app) as worker:
         # It may not listen yet, and then gets no ping.
         [replies] = until(lambda: app.control.ping(timeout=LIMIT / 6, limit=1), "a reply")
         assert replies == {worker.hostname: {"ok": "pong"}}
@@ -187,7 +190,7 @@ def test_a_countdown_waits_in_redis(open, redis):
         assert [message.payload for message in arrived] == ["past"]
         arrived[0].ack()
         assert delayed(redis) == 1 and not unacked(redis)
-        client.look(2)
+        client.wait(arrived, 2)
         assert arrived[1].payload == "later"
 
 
@@ -196,8 +199,7 @@ def test_a_countdown_starts_in_time(open):
     with client.consuming() as arrived:
         client.send("later", seconds=0.5)
         due = time.monotonic() + 0.5
-        while not arrived:
-            client.connection.drain_events(timeout=LIMIT)
+        client.wait(arrived)
         assert due - 0.1 < time.monotonic() < due + LIMIT
 
 
@@ -206,10 +208,9 @@ def test_a_countdown_of_a_stock_sender_waits_in_redis_too(open, redis):
     with client.consuming() as arrived:
         stock.send("later", seconds=3)
         assert waiting(redis) == 1
-        client.look(1)
+        until(lambda: client.look() or delayed(redis), "it waits")
         assert not arrived and not unacked(redis)
-        assert delayed(redis) == 1
-        client.look(3)
+        client.wait(arrived)
         assert arrived[0].payload == "later"
 
 
@@ -358,8 +359,8 @@ def test_a_full_redis_refuses_and_loses_nothing(open, redis):
         redis.client.config_set("maxmemory", 1)
         with pytest.raises(ResponseError):
             client.send("too much")
-        client.look(1)
-        assert len(arrived) == unacked(redis) == 2
+        client.wait(arrived, 2)
+        assert unacked(redis) == 2
         client.channel.renew()
         arrived[0].requeue()
     assert waiting(redis) == 1

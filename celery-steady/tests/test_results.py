@@ -7,10 +7,10 @@ from unittest.mock import DEFAULT, Mock
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
 from celery import Celery, chord, signals, states
-from celery.contrib.testing.worker import start_worker
 from celery.exceptions import Retry
 from redis.exceptions import TimeoutError
 from servers import LIMIT
+from workers import in_thread
 
 from celery_steady import dynamodb, results
 from celery_steady import redis as steady_redis
@@ -102,7 +102,7 @@ def test_a_task_whose_result_is_ignored_is_not_left_in_the_state_retry(backend, 
             ended.set()
 
     signals.task_postrun.connect(end)
-    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT):
+    with in_thread(app):
         id = retry_once.delay().id
         assert ended.wait(LIMIT)
     assert backend.get_state(id) == state
@@ -145,7 +145,7 @@ def test_a_chord_gets_the_results_of_its_members(backend, ignored):
     def total(numbers):
         return sum(numbers)
 
-    with start_worker(app, perform_ping_check=False, shutdown_timeout=LIMIT):
+    with in_thread(app):
         assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
 
 

@@ -8,12 +8,26 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+from celery.contrib.testing.worker import start_worker
 from servers import LIMIT, Process
 
 HERE = Path(__file__).parent
 PATHS = [HERE, HERE.parent / "src"]
+
+
+@contextmanager
+def in_thread(app, pool="solo"):
+    """A worker in a thread of this process."""
+    # By default it looks for tasks, and whether it should end, each second or two.
+    app.conf.worker_timer_precision = 0.01
+    if app.conf.broker_url == "memory://":
+        app.conf.broker_transport_options = {"polling_interval": 0.01}
+    with start_worker(app, pool=pool, perform_ping_check=False, shutdown_timeout=LIMIT) as worker:
+        yield worker
+        app.control.shutdown([worker.hostname])
 
 
 class Call:

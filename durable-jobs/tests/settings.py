@@ -8,9 +8,6 @@ from urllib.parse import urlsplit
 
 import django
 
-# Compiled files are no part of the wheel.
-sys.dont_write_bytecode = True
-os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # for processes that tests start
 SOURCE = Path(__file__).parents[1] / "src"
 sys.path.insert(0, str(SOURCE))
 
@@ -19,6 +16,7 @@ from durable_jobs.celery import Celery  # noqa: E402
 app = Celery("library", set_as_current=True)
 app.conf.update(
     broker_url="memory://",
+    broker_transport_options={"polling_interval": 0.01},  # seconds; kombu's is 1
     result_backend="cache+memory://",
     task_store_eager_result=True,
     task_acks_late=True,
@@ -26,6 +24,7 @@ app.conf.update(
     task_queues={"celery": {}, "cpu": {}, "io": {}},
     task_soft_time_limit=540,
     task_time_limit=600,
+    worker_timer_precision=0.01,  # seconds until a worker's timer ends
     worker_soft_shutdown_timeout=20,
 )
 

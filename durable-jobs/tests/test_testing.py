@@ -75,12 +75,13 @@ def unchanged_logging():
 
 @pytest.mark.live
 def test_a_live_test_may_start_a_worker_as_celery_documents_it(transactional_db, unchanged_logging):
-    with start_worker(current_app, perform_ping_check=False):
+    with start_worker(current_app, perform_ping_check=False) as worker:
         enqueue(add, [1, 2])
         deadline = time.monotonic() + 60
         while states() != ["succeeded"]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        current_app.control.shutdown([worker.hostname])  # otherwise, it notices later
 
 
 def test_an_error_of_a_plain_task_is_raised():
