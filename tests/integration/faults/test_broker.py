@@ -60,22 +60,6 @@ def test_jobs_outlive_their_broker(stack, gate, tmp_path):
     assert starts in ([1, 2, 1, *[1] * 50], [1, 2, 1 + has_ended, *[1] * 50])
 
 
-@stacks(brokers=["rabbitmq"], pools=["gevent"], every_pair=True)
-def test_plain_tasks_outlive_their_broker(stack, gate):
-    """The event loop learns that a greenlet lost the connection, as it acknowledged a task."""
-    slots = len(stack.workers) * stack.variables["WORKER_CONCURRENCY"]
-    running = [stack.send("trials.tasks.wait", gate) for _ in range(slots)]
-    stack.wait_until_started(*running)
-    waiting = [stack.send("trials.tasks.quick") for _ in range(5)]
-    with stack.supervised(*stack.workers):
-        stack.broker.kill()
-        time.sleep(2)
-        stack.broker.start()
-        time.sleep(5)
-        gate.touch()
-        stack.wait_until_started(*waiting)
-
-
 # Not with gevent: its worker ends, and must be restarted, if queues are missing for a moment, as
 # they are after a restart of moto.
 @stacks(pools=[pool for pool in POOLS if pool != "gevent"])
@@ -103,25 +87,6 @@ def test_a_broker_that_hangs_delays_no_request(stack):
     with stack.supervised(*stack.workers):
         stack.wait_until_succeeded(*jobs, crashes=0)
     assert ran_once(stack, jobs)
-
-
-@stacks(brokers=["redis", "rabbitmq"], pools=["prefork"])
-def test_malformed_messages_end_no_worker(stack):
-    """Each is dropped with a line in the log."""
-    pid = stack.other.pid
-    code = """
-from config.celery import app
-with app.connection_for_write() as broker:
-    channel = broker.default_channel
-    for headers in {}, {"task": "no id"}, {"task": 1, "id": "1"}:
-        message = channel.prepare_message(b"{", headers=headers, content_type="application/json")
-        channel.basic_publish(message, "", routing_key="io")
-"""
-    stack.ask(code)
-    jobs = [stack.enqueue("quick", queue="io") for _ in range(5)]
-    stack.wait_until_succeeded(*jobs, crashes=0)
-    wait_for(lambda: stack.other.printed.count("dropped a message") == 3)
-    assert stack.other.is_running() and stack.other.pid == pid
 
 
 # The broker loses its messages

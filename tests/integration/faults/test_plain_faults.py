@@ -9,7 +9,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import psutil
 import pytest
 
 from harness import faults
@@ -238,24 +237,6 @@ def test_the_default_settings_keep_their_promise(stack, gate, tmp_path):
     assert [stack.starts(task) for task in [*killed, long, later]] == [2] * 4 + [1, 1]
 
 
-@on_prefork
-def test_the_first_task_that_a_process_of_a_worker_sends_waits_for_its_broker(stack):
-    code = """
-from celery_steady.patience import be_patient
-from config.celery import app
-be_patient(app)
-print(app.send_task("trials.tasks.quick", ignore_result=True))
-"""
-    proxy = Proxy(stack.broker.port)
-    proxy.block()
-    with ThreadPoolExecutor() as thread:
-        sent = thread.submit(stack.project.shell, code, **proxy.redirect(stack.variables))
-        time.sleep(12)  # with the start of the process
-        assert not sent.done()
-        proxy.unblock()
-        sent.result()
-
-
 # What delays others
 
 
@@ -322,20 +303,3 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     time.sleep(5)
     stack.make_worker("late", "--queues cpu").start()
     stack.wait_until_started(task)
-
-
-# SQS
-
-
-@stacks(["sqs"], ["prefork", "gevent"], every_pair=True)  # which poll in ways of their own
-def test_a_worker_polls_again_after_a_poll_without_an_answer(stack):
-    """kombu's own channel would wait forever, and not poll again."""
-    pid = stack.worker.pid
-    stack.broker.pause()
-    if stack.project.answers["worker_pool"] == "gevent":
-        time.sleep(6)  # a poll fails after 1.5 s
-    else:
-        wait_for(lambda: "poll of the SQS queue celery failed" in stack.worker.printed)
-    stack.broker.resume()
-    stack.wait_until_started(stack.send("quick"))
-    assert psutil.pid_exists(pid) and stack.worker.pid == pid

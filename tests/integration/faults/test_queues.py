@@ -1,9 +1,8 @@
-"""Queues: who makes them, which jobs they get, and how fast a worker takes from them."""
+"""Queues: which jobs they get, and how fast a worker takes from them."""
 
 import os
 
-from harness.faults import on_each_broker, on_one, on_rabbitmq
-from harness.project import wait_for
+from harness.faults import on_each_broker, on_one
 
 
 @on_one
@@ -14,27 +13,6 @@ def test_a_job_goes_to_the_queue_of_its_task(stack):
         stack.wait_until_final(said, overruled)
         workers = [os.getpgid(stack.notes("start", job)[0]) for job in [said, overruled]]
         assert workers == [stack.other.pid, stack.worker.pid]
-
-
-@on_rabbitmq
-def test_the_first_worker_makes_the_queues_of_all(stack):
-    """A task with a countdown then waits in its queue, before the first worker of the queue starts.
-
-    Without the queue, Celery logs CRITICAL, and RabbitMQ tries to forward the task every 3 minutes.
-    """
-    stack.broker.control("add_vhost", "fresh")
-    stack.broker.control("set_permissions", "-p", "fresh", "guest", ".*", ".*", ".*")
-    url = stack.variables["CELERY_BROKER_URL"].removesuffix("/") + "fresh"
-    worker = stack.make_worker("first", "--queues io", CELERY_BROKER_URL=url).start()
-    assert "delayed delivery" not in worker.printed
-    send = """
-from config.celery import app
-with app.connection_for_write(url) as broker:
-    plain.circle.apply_async([".", 0], queue="cpu", countdown=1, connection=broker)
-"""
-    stack.ask(send, url=url)
-    count = ["list_queues", "-p", "fresh", "--silent", "name", "messages"]
-    wait_for(lambda: "cpu\t1\n" in stack.broker.control(*count))
 
 
 @on_each_broker

@@ -24,18 +24,6 @@ def variables(container, documents):
     return found
 
 
-def test_kedas_variables_name_the_redis_of_the_broker(bake):
-    documents = manifests(bake(broker="redis", deployment="kubernetes"))
-    [container] = pods(documents)["Deployment", "worker-celery"]["containers"]
-    [trigger] = documents["ScaledObject", "worker-celery"]["spec"]["triggers"]
-    metadata, found = trigger["metadata"], variables(container, documents)
-    url = urlsplit(found["CELERY_BROKER_URL"])
-    assert found[metadata["addressFromEnv"]] == f"{url.hostname}:{url.port}"
-    assert found[metadata["passwordFromEnv"]] == url.password
-    assert metadata["enableTLS"] == str(url.scheme == "rediss").lower()
-    assert metadata["databaseIndex"] == url.path.strip("/")
-
-
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_a_cluster_without_keda_needs_only_one_line_less(bake, broker):
     project = bake(broker=broker, deployment="kubernetes")
@@ -69,6 +57,11 @@ print(sum(map(int, found["Attributes"].values())))
 
 
 def in_redis(project, metadata, found, here):
+    url = urlsplit(found["CELERY_BROKER_URL"])
+    assert found[metadata["addressFromEnv"]] == f"{url.hostname}:{url.port}"
+    assert found[metadata["passwordFromEnv"]] == url.password
+    assert metadata["enableTLS"] == str(url.scheme == "rediss").lower()
+    assert metadata["databaseIndex"] == url.path.strip("/")
     place = f"-p {urlsplit(here['CELERY_BROKER_URL']).port} -n {metadata['databaseIndex']}"
     command = ["redis-cli", *place.split(), "llen", metadata["listName"]]
     return int(subprocess.check_output(command, text=True))
@@ -93,8 +86,6 @@ def in_sqs(project, metadata, found, here):
 
 
 COUNTS = {"redis": in_redis, "rabbitmq": in_rabbitmq, "aws-sqs-queue": in_sqs}
-
-
 KUBERNETES = {**DEFAULTS, "result_backend": "none", "deployment": "kubernetes"}
 
 
