@@ -24,7 +24,8 @@ RUNS = [
     for server, pool in [("database", "gevent"), ("database", "threads"), ("sqlite", "threads")]
 ]
 # They start tools and processes: neither the database nor the pool matters.
-ONCE = [f"--ignore={LIBRARY / 'tests' / name}" for name in ("test_types.py", "test_strangers.py")]
+NAMES = "test_plain.py", "test_strangers.py", "test_types.py"
+ONCE = [f"--ignore={LIBRARY / 'tests' / name}" for name in NAMES]
 FEW_ROUNDS = 30  # of races; integration/features/test_library_races.py has more
 
 

@@ -13,6 +13,7 @@ from django.core.cache import cache
 from django.db import OperationalError, connection, connections
 from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models import QuerySet
+from django.db.models.signals import post_migrate
 from django.utils import timezone
 from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
@@ -32,6 +33,12 @@ SEND_ONE = messages.send_one
 
 def pytest_collection_modifyitems(items):
     skip_on_older_versions(items)
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup):
+    """After each test with real transactions, Django would store all permissions again."""
+    post_migrate.disconnect(dispatch_uid="django.contrib.auth.management.create_permissions")
 
 
 @pytest.fixture(autouse=True)
