@@ -85,10 +85,11 @@ def test_a_message_is_received_once(open):
 
 
 @each
-def test_an_acknowledged_message_is_gone(open):
+@pytest.mark.parametrize("end", ["ack", "reject"])
+def test_a_message_that_was_acknowledged_or_rejected_is_gone(open, end):
     with open() as client:
         client.send("sent")
-        client.receive().ack()
+        getattr(client.receive(), end)()
     with open() as client:
         assert client.look() is None
 
@@ -99,15 +100,6 @@ def test_a_rejected_message_comes_again_immediately(open):
         client.send("sent")
         client.receive().requeue()
         assert client.receive().payload == "sent"
-
-
-@each
-def test_a_rejected_message_without_requeue_is_gone(open):
-    with open() as client:
-        client.send("sent")
-        client.receive().reject()
-    with open() as client:
-        assert client.look() is None
 
 
 @servers

@@ -3,9 +3,9 @@
 from unittest.mock import patch
 
 import pytest
-from celery import Celery, chord, states
+from celery import Celery, states
 from servers import LIMIT
-from workers import in_thread
+from workers import sum_of_chord
 
 django = pytest.importorskip("django")
 pytest.importorskip("django_celery_beat")
@@ -86,16 +86,7 @@ def test_the_state_retry_does_not_replace_a_result(app):
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_chord_gets_the_results_of_its_members(app, ignored):
-    @app.task(shared=False, ignore_result=ignored)
-    def double(x):
-        return 2 * x
-
-    @app.task(shared=False)
-    def total(numbers):
-        return sum(numbers)
-
-    with in_thread(app):
-        assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
+    assert sum_of_chord(app, ignored) == 6
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ from unittest.mock import DEFAULT, Mock
 
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeoutError
-from celery import Celery, chord, signals, states
+from celery import Celery, signals, states
 from celery.exceptions import Retry
 from redis.exceptions import TimeoutError
 from servers import LIMIT
-from workers import in_thread
+from workers import in_thread, sum_of_chord
 
 from celery_steady import dynamodb, results
 from celery_steady import redis as steady_redis
@@ -134,19 +134,8 @@ def test_an_error_of_dynamodb_that_may_end_is_repeated(error, may_end):
 
 @pytest.mark.parametrize("ignored", [False, True])
 def test_a_chord_gets_the_results_of_its_members(backend, ignored):
-    app = backend.app
-    app.conf.update(STEADY)
-
-    @app.task(shared=False, ignore_result=ignored)
-    def double(x):
-        return 2 * x
-
-    @app.task(shared=False)
-    def total(numbers):
-        return sum(numbers)
-
-    with in_thread(app):
-        assert chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT) == 6
+    backend.app.conf.update(STEADY)
+    assert sum_of_chord(backend.app, ignored) == 6
 
 
 def test_greenlets_get_results_again_after_an_error():

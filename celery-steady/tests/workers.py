@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from celery import chord
 from celery.contrib.testing.worker import start_worker
 from servers import LIMIT, Process
 
@@ -28,6 +29,21 @@ def in_thread(app, pool="solo"):
     with start_worker(app, pool=pool, perform_ping_check=False, shutdown_timeout=LIMIT) as worker:
         yield worker
         app.control.shutdown([worker.hostname])
+
+
+def sum_of_chord(app, ignored):
+    """Return the sum of 2 and 4, from a chord whose members ignore their results, or not."""
+
+    @app.task(shared=False, ignore_result=ignored)
+    def double(x):
+        return 2 * x
+
+    @app.task(shared=False)
+    def total(numbers):
+        return sum(numbers)
+
+    with in_thread(app):
+        return chord([double.s(1), double.s(2)])(total.s()).get(timeout=LIMIT)
 
 
 class Call:

@@ -125,14 +125,8 @@ main()
 def test_a_worker_and_beat_refuse_a_database_in_which_jobs_would_be_lost(process, tmp_path):
     command = [sys.executable, "-c", START, *process.format(folder=tmp_path).split()]
     variables = {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
-    run = subprocess.run(
-        command,
-        cwd=Path(__file__).parent,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=40,
-    )
+    options = {"cwd": Path(__file__).parent, "env": variables, "timeout": 40}
+    run = subprocess.run(command, capture_output=True, text=True, **options)
     assert run.returncode == 1, run.stderr
     assert "durable_jobs.E005" in run.stderr
     assert ("durable_jobs.E008" in run.stderr) == process.startswith("worker")

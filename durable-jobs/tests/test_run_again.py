@@ -12,7 +12,7 @@ from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from django.db import connection
 from django.utils import timezone
-from helpers import broken, call_concurrently, claim, collect, failed, follow, run_of, work
+from helpers import broken, call_concurrently, claim, collect, failed, follow, start, work
 
 from durable_jobs import batches, transitions
 from durable_jobs.actions import cancel, run_again, run_all_again
@@ -146,11 +146,14 @@ def test_two_who_run_a_job_again_run_it_once():
         assert job.state == "queued"
 
 
-def zombie_of(job):
-    """Start a run of this job, and freeze its worker."""
-    run = run_of(job)
-    assert run.claim()
-    return run
+def freeze():
+    """Return a job that was run again, and its run before, whose worker is frozen."""
+    job = enqueue(work, [1])
+    zombie = start(job)
+    cancel(job)
+    job.refresh_from_db()
+    run_again(job)
+    return job, zombie
 
 
 def check_zombie(zombie, end):
@@ -177,12 +180,8 @@ def check_zombie(zombie, end):
 
 @pytest.mark.parametrize("end", ["succeed", "fail", "cursor", "step", "renewal"])
 def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(published, end):
-    job = enqueue(work, [1])
-    zombie = zombie_of(job)
-    cancel(job)
-    job.refresh_from_db()
-    run_again(job)
-    new = zombie_of(job)
+    job, zombie = freeze()
+    new = start(job)
     check_zombie(zombie, end)
     job.refresh_from_db()
     assert (job.state, job.run_token, job.cursor, job.steps) == ("running", new.token, None, {})
@@ -194,11 +193,7 @@ def test_a_frozen_run_does_not_write_into_the_run_that_was_started_again(publish
 @pytest.mark.parametrize("end", ["succeed", "fail"])
 def test_a_run_that_is_lost_does_not_take_the_queued_job(published, end):
     """For example a thread over its time limit, whose job was run again, and waits for a slot."""
-    job = enqueue(work, [1])
-    zombie = zombie_of(job)
-    cancel(job)
-    job.refresh_from_db()
-    run_again(job)
+    job, zombie = freeze()
     check_zombie(zombie, end)
     job.refresh_from_db()
     assert (job.state, job.retries, claim(job.pk)) == ("queued", 0, 1)
