@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import psutil
 import pytest
 
 from harness import faults
@@ -303,3 +304,20 @@ def test_countdowns_work_on_a_worker_of_some_queues(stack):
     time.sleep(5)
     stack.make_worker("late", "--queues cpu").start()
     stack.wait_until_started(task)
+
+
+# SQS
+
+
+@stacks(["sqs"], ["prefork", "gevent"], every_pair=True)  # which poll in ways of their own
+def test_a_worker_polls_again_after_a_poll_without_an_answer(stack):
+    """kombu's own channel would wait forever, and not poll again."""
+    pid = stack.worker.pid
+    stack.broker.pause()
+    if stack.project.answers["worker_pool"] == "gevent":
+        time.sleep(6)  # a poll fails after 1.5 s
+    else:
+        wait_for(lambda: "poll of the SQS queue celery failed" in stack.worker.printed)
+    stack.broker.resume()
+    stack.wait_until_started(stack.send("quick"))
+    assert psutil.pid_exists(pid) and stack.worker.pid == pid
