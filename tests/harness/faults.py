@@ -70,22 +70,22 @@ def database():
 @pytest.fixture(scope="session")
 def running(request, cookies_session, tmp_path_factory):
     """A stack that consecutive tests with the same parameters share."""
-    options = {"timings": TIMINGS, "sqlite": False, **request.param}
+    options = {"timings": TIMINGS, "sqlite": False, "tracing": False, **request.param}
     broker, pool = broker_class(options["broker"]), {"worker_pool": options["pool"]}
     folder = tmp_path_factory.mktemp("stack")
     database = None if options["sqlite"] else request.getfixturevalue("database")
+    plain = {"durable_jobs": "no", "result_backend": RESULTS.get(options["broker"])}
+    own = plain if options["plain"] else WITH_JOBS
+    project = baked(cookies_session, {**broker.answers, **own, **pool})
+    variables = request.getfixturevalue("tracing")(project) if options["tracing"] else {}
     if options["plain"]:
-        results = {"result_backend": RESULTS[options["broker"]]}
-        answers = {"durable_jobs": "no", **broker.answers, **results, **pool}
-        project = baked(cookies_session, answers)
         project.install()
         quick = None if options.get("defaults") else broker.settings
-        stack = prepare_plain(project, folder, database, quick)
+        stack = prepare_plain(project, folder, database, quick, **variables)
     else:
-        project = baked(cookies_session, {**WITH_JOBS, **broker.answers, **pool})
         # More for threads and greenlets, which share a process.
-        slots = 4 if options["pool"] == "prefork" else 16
-        variables = {**options["timings"], "WORKER_CONCURRENCY": slots}
+        variables["WORKER_CONCURRENCY"] = 4 if options["pool"] == "prefork" else 16
+        variables |= options["timings"]
         stack = prepare(project, broker, folder, database, **variables)
     with started(stack):
         yield stack
@@ -131,18 +131,6 @@ def gate(tmp_path_factory):
     gate = tmp_path_factory.mktemp("gate") / "gate"
     yield gate
     gate.touch()
-
-
-@pytest.fixture
-def revoke(stack):
-    """A function that revokes a task in Flower, which runs until the test ends."""
-    stack.flower.start()
-    return lambda task, query="": stack.ask_flower(f"/api/task/revoke/{task}{query}", {})
-
-
-def errors(row):
-    """Return the errors of a job's failed runs, in order."""
-    return [failure["error"] for failure in row["failures"]]
 
 
 def ran_once(stack, jobs):

@@ -1,8 +1,17 @@
-"""A mail server for tests."""
+"""A newsletter, and a mail server for tests."""
 
 import re
 import socketserver
 import threading
+
+# Stores a newsletter to so many recipients.
+NEWSLETTER = """
+from orders.models import Newsletter, Recipient
+from orders.tasks import send_newsletter
+newsletter = Newsletter.objects.create(subject="News", body="It works.")
+emails = [f"{number}@example.com" for number in range(count)]
+Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+"""
 
 
 class Mails(socketserver.ThreadingTCPServer):

@@ -11,26 +11,20 @@ from harness.faults import on_each_pool, stacks
 from harness.project import wait_for
 
 
-def find(stack, name="mine"):
-    """Return the row of a worker, or None."""
+def find(stack):
+    """Return the row of the worker `mine`, or None."""
     code = """
 heartbeat.STALE_SECONDS = 6
-rows = Worker.objects.filter(name__startswith=f"{name}@")
-result = rows.values("slots", "queues").first()
+result = Worker.objects.filter(name__startswith="mine@").values("slots", "queues").first()
 if result:
-    result["is_alive"] = heartbeat.alive().filter(name__startswith=f"{name}@").exists()
+    result["is_alive"] = heartbeat.alive().filter(name__startswith="mine@").exists()
 """
-    return stack.ask(code, name=name)
+    return stack.ask(code)
 
 
 def wait_until(stack, **fields):
     """Wait until the row has these values."""
-
-    def has_them():
-        row = find(stack)
-        return row and all(row[name] == value for name, value in fields.items())
-
-    wait_for(has_them)
+    wait_for(lambda: fields.items() <= (find(stack) or {}).items())
 
 
 @pytest.fixture

@@ -9,8 +9,6 @@ import pytest
 from harness.faults import ONE, either, on_prefork, on_prefork_and_threads, ran_once, stacks
 from harness.project import children_of, wait_for
 
-on_sqlite = stacks(**ONE, sqlite=True)
-
 
 def exceeded(stack, jobs):
     """Return which of these jobs found all files of their key locked."""
@@ -82,7 +80,7 @@ def restart(server):
 
 
 @pytest.mark.promise("Limits hold")
-@either(on_prefork_and_threads, on_sqlite)
+@either(on_prefork_and_threads, stacks(**ONE, sqlite=True))
 def test_no_fault_exceeds_a_limit_or_leaves_a_slot_empty(stack):
     """Each fault comes while jobs of all keys run. Two Beats have a sweeper all the time."""
     faults = [

@@ -4,49 +4,37 @@ config/tracing.py sends the spans to a server of the test.
 """
 
 import re
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
+from pytest_httpserver import HTTPServer
+from werkzeug import Response
 
-from harness.bake import DEFAULTS, WITH_JOBS, baked
-from harness.faults import POOLS
-from harness.project import started, wait_for
-from harness.servers import Redis
-from harness.stack import TIMINGS, prepare, prepare_plain
+from harness.faults import stacks
+from harness.project import wait_for
 
 LATER = {"OTEL_BSP_SCHEDULE_DELAY": 600_000}  # so that only the end of a process exports its spans
 STEPS = 6  # jobs in each of the three: see faults/survey.py
-STACKS = [
-    pytest.param(pool, id=f"redis-{pool}", marks=pytest.mark.xdist_group(f"traced-{pool}"))
-    for pool in POOLS
-]
-on_each_pool = pytest.mark.parametrize("traced", STACKS, indirect=True)
-on_prefork = pytest.mark.parametrize("traced", STACKS[:1], indirect=True)
-PLAIN = [
-    pytest.param(pool, id=f"redis-{pool}", marks=pytest.mark.xdist_group(f"traced-plain-{pool}"))
-    for pool in POOLS
-]
-on_each_plain_pool = pytest.mark.parametrize("plain", PLAIN, indirect=True)
+on_each_pool = stacks(["redis"], tracing=True)
+on_prefork = stacks(["redis"], ["prefork"], tracing=True)
+on_each_plain_pool = stacks(["redis"], plain="traced-", tracing=True)
 
 
-class Collector(ThreadingHTTPServer):
+class Collector(HTTPServer):
     """Takes spans as an OpenTelemetry collector does."""
 
     def __init__(self):
-        self.spans, self.services = [], set()
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        super().__init__(threaded=True)
+        self.spans = []
+        self.expect_request("/v1/traces", method="POST").respond_with_handler(self.take)
 
-    def add(self, request):
-        for resource in request.resource_spans:
-            names = {each.key: each.value.string_value for each in resource.resource.attributes}
-            self.services.add(names["service.name"])
+    def take(self, request):
+        for resource in ExportTraceServiceRequest.FromString(request.data).resource_spans:
             for scope in resource.scope_spans:
                 self.spans += scope.spans
+        return Response()
 
     def trace(self, span):
         """Return the spans of the same trace, the oldest first."""
@@ -64,70 +52,31 @@ class Collector(ThreadingHTTPServer):
         return {attributes(run)["messaging.message.id"] for run in self.runs(*jobs)} == set(jobs)
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        assert self.path == "/v1/traces"
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.add(ExportTraceServiceRequest.FromString(body))
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
 def attributes(span):
     return {each.key: each.value.string_value for each in span.attributes}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def collector():
-    collector = Collector()
-    yield collector
-    collector.shutdown()
+    with Collector() as collector:
+        yield collector
 
 
-def with_tracing(project, collector):
-    """Give a project the extra. Return the variables of its processes."""
-    pyproject = project.read("pyproject.toml")
-    extra = re.search(r"^tracing = \[.*\n((?:    .+\n)+)", pyproject, re.M)[1]
-    pyproject = pyproject.replace("dependencies = [\n", f"dependencies = [\n{extra}", 1)
-    (project / "pyproject.toml").write_text(pyproject)
-    return {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.server_port}",
-        "OTEL_BSP_SCHEDULE_DELAY": 200,  # milliseconds
-    }
+@pytest.fixture(scope="session")
+def tracing(collector):
+    """For stacks: a function that gives a project the extra, and returns its variables."""
 
+    def add(project):
+        pyproject = project.read("pyproject.toml")
+        extra = re.search(r"^tracing = \[.*\n((?:    .+\n)+)", pyproject, re.M)[1]
+        project.edit("pyproject.toml", r"^dependencies = \[\n", rf"\g<0>{extra}")
+        project.append("config/settings.py", "DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
+        return {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}",
+            "OTEL_BSP_SCHEDULE_DELAY": 200,  # milliseconds
+        }
 
-@pytest.fixture(scope="module")
-def traced(request, cookies_session, tmp_path_factory, database, collector):
-    """A stack whose project has the extra and the setting."""
-    project = baked(cookies_session, {**WITH_JOBS, "worker_pool": request.param})
-    variables = TIMINGS | with_tracing(project, collector)
-    folder = tmp_path_factory.mktemp("stack")
-    stack = prepare(project, Redis, folder, database, **variables)
-    project.append("config/settings.py", "DJANGO_STRUCTLOG_TRUST_UPSTREAM_REQUEST_ID = True\n")
-    with started(stack):
-        yield stack
-
-
-@pytest.fixture(scope="module")
-def plain(request, cookies_session, tmp_path_factory, database, collector):
-    """The same for a project with plain tasks."""
-    project = baked(cookies_session, {**DEFAULTS, "worker_pool": request.param})
-    variables = with_tracing(project, collector)
-    project.install()
-    folder = tmp_path_factory.mktemp("stack")
-    with started(prepare_plain(project, folder, database, Redis.settings, **variables)) as [stack]:
-        yield stack
-
-
-@pytest.fixture
-def stack(traced):
-    traced.recover()
-    traced.mark_logs()
-    return traced
+    return add
 
 
 def post(stack, path, request_id, **data):
@@ -188,11 +137,15 @@ def test_a_job_that_lost_its_worker_and_is_retried_is_one_tree(stack, collector,
         (Span.SPAN_KIND_PRODUCER, "apply_async"),
         (Span.SPAN_KIND_CONSUMER, "run"),
     }
-    lines = [line for log in stack.logs for line in log.read_text(errors="replace").splitlines()]
-    lines = [line for line in lines if job in line or child in line]
     for words in "the function says", "task_started", "task_retrying":
-        found = [line for line in lines if words in line]
+        found = lines(stack, job, words) + lines(stack, child, words)
         assert found and all("request-of-the-tree" in line for line in found), words
+
+
+def lines(stack, *words):
+    """Return the lines of all logs that have these words."""
+    texts = [log.read_text(errors="replace").splitlines() for log in stack.logs]
+    return [line for text in texts for line in text if all(word in line for word in words)]
 
 
 @on_each_pool
@@ -246,20 +199,14 @@ def test_a_worker_ends_in_time_although_nothing_takes_its_spans(stack):
 @on_prefork
 def test_a_killed_child_is_logged_with_the_id_of_its_request(stack):
     job = post(stack, "/faults/", "request-of-the-dead", task="die", args=[])
-    lines = lambda: [  # noqa: E731
-        line
-        for log in stack.logs
-        for line in log.read_text(errors="replace").splitlines()
-        if job in line
-    ]
-    wait_for(lambda: [line for line in lines() if "lost its worker" in line])
-    failed = wait_for(lambda: [line for line in lines() if "task_failed" in line])
+    wait_for(lambda: lines(stack, job, "lost its worker"))
+    failed = wait_for(lambda: lines(stack, job, "task_failed"))
     assert [line for line in failed if "request-of-the-dead" not in line] == []
 
 
 @on_each_plain_pool
-def test_a_trace_goes_from_the_request_to_each_run_of_its_plain_task(plain, collector):
-    _, _, answer = plain.request("/api/trials/", {"task": "fail_twice", "args": []})
+def test_a_trace_goes_from_the_request_to_each_run_of_its_plain_task(stack, collector):
+    _, _, answer = stack.request("/api/trials/", {"task": "fail_twice", "args": []})
     task = answer["id"]
     wait_for(lambda: len(collector.runs(task)) == 3)
     assert ends(collector.runs(task)) == ["RETRY", "RETRY", "SUCCESS"]
@@ -272,26 +219,25 @@ def test_a_trace_goes_from_the_request_to_each_run_of_its_plain_task(plain, coll
 
 
 @on_each_plain_pool
-def test_a_worker_of_plain_tasks_exports_its_spans_when_it_ends(plain, collector):
-    plain.worker.stop()
-    worker = plain.make_worker("ending", **LATER).start()
-    tasks = [plain.send("quick") for _ in range(10)]
-    plain.wait_until_started(*tasks)
+def test_a_worker_of_plain_tasks_exports_its_spans_when_it_ends(stack, collector):
+    stack.worker.stop()
+    worker = stack.make_worker("ending", **LATER).start()
+    tasks = [stack.send("quick") for _ in range(10)]
+    stack.wait_until_started(*tasks)
     assert collector.runs(*tasks) == []
     worker.stop()
     wait_for(lambda: collector.has_runs_of(*tasks))
-    plain.worker.start()
 
 
 @on_each_plain_pool
-def test_a_request_whose_plain_task_cannot_be_sent_is_not_the_parent_of_the_next(plain, collector):
-    plain.broker.kill()
+def test_a_request_whose_plain_task_cannot_be_sent_is_not_the_parent_of_the_next(stack, collector):
+    stack.broker.kill()
+    data = {"task": "quick", "args": []}
     for _ in range(20):
-        assert plain.request("/api/trials/", {"task": "quick", "args": []})[0] == 503
-    with plain.supervised(plain.worker):
-        plain.broker.start()
-        data = {"task": "quick", "args": []}
-        tasks = [plain.request("/api/trials/", data)[2]["id"] for n in range(20)]
+        assert stack.request("/api/trials/", data)[0] == 503
+    with stack.supervised(stack.worker):
+        stack.broker.start()
+        tasks = [stack.request("/api/trials/", data)[2]["id"] for n in range(20)]
         wait_for(lambda: collector.has_runs_of(*tasks))
     roots = [root_of(collector, task) for task in tasks]
     assert len({root.trace_id for root in roots}) == len(tasks)

@@ -3,10 +3,10 @@
 import gzip
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from pytest_httpserver import HTTPServer
+from werkzeug import Response
 
 from harness.outputs import both_outputs, plain_output, working
 from harness.project import wait_for
@@ -49,28 +49,21 @@ urlpatterns += [path("broken/", broken)]
 EVENTS = ["task_started", "task_retrying", "task_failed", "task_succeeded"]
 
 
-class Sentry(ThreadingHTTPServer):
+class Sentry(HTTPServer):
     """Collects the events, and the signs of life of scheduled tasks, that it is sent."""
 
     def __init__(self):
-        kept = self.kept = {"event": [], "check_in": []}
+        super().__init__(threaded=True)
+        self.kept = {"event": [], "check_in": []}
+        self.expect_request("/api/1/envelope/").respond_with_handler(self.keep)
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers["Content-Encoding"] == "gzip":
-                    body = gzip.decompress(body)
-                head, item = body.split(b"\n")[1:3]
-                if (kind := json.loads(head)["type"]) in kept:
-                    kept[kind].append(json.loads(item))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *args):
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+    def keep(self, request):
+        is_packed = request.content_encoding == "gzip"
+        body = gzip.decompress(request.data) if is_packed else request.data
+        head, item = body.split(b"\n")[1:3]
+        if (kind := json.loads(head)["type"]) in self.kept:
+            self.kept[kind].append(json.loads(item))
+        return Response()
 
 
 @pytest.fixture(scope="module")
@@ -78,22 +71,17 @@ def running(project, tmp_path_factory):
     """A console, a function that reads the log lines of a worker, and what Sentry got."""
     project.append("orders/tasks.py", TASKS)
     project.append("config/urls.py", VIEWS)
-    sentry = Sentry()
-    variables = {
-        "SENTRY_DSN": f"http://key@127.0.0.1:{sentry.server_port}/1",
-        "DEBUG": "False",
-        "ALLOWED_HOSTS": "localhost",
-        "WORKER_CONCURRENCY": 1,
-    }
+    variables = {"DEBUG": "False", "ALLOWED_HOSTS": "localhost", "WORKER_CONCURRENCY": 1}
 
     def lines(event):
         texts = worker.printed.splitlines()
         found = [json.loads(text) for text in texts if text.startswith("{")]
         return [line for line in found if line["event"] == event]
 
-    with working(project, tmp_path_factory.mktemp("logs"), **variables) as (worker, console):
-        yield console, lines, sentry.kept
-    sentry.shutdown()
+    with Sentry() as sentry:
+        variables["SENTRY_DSN"] = f"http://key@127.0.0.1:{sentry.port}/1"
+        with working(project, tmp_path_factory.mktemp("logs"), **variables) as (worker, console):
+            yield console, lines, sentry.kept
 
 
 def send(console, task):
@@ -172,32 +160,22 @@ def test_each_line_of_a_task_names_it(running):
     assert all("duration_ms" in line for line in failed if sent[line["task_id"]] != "kill")
 
 
-@plain_output
-@pytest.mark.parametrize("debug", ["True", "False"])
-def test_a_time_limit_is_logged(project, debug):
-    """The worker's main process logs it, outside of any `except`, with the exception as a value."""
-    code = """
+LOG = """
 import logging
 import sys
 import structlog
 logging.getLogger().handlers[0].setStream(sys.stdout)
 structlog.get_logger().exception("task_failed", exception=TimeoutError("time is up"))
+logging.getLogger("own").warning("said", extra={"order_id": 77})
 """
-    printed = project.manage("shell", "-v0", "-c", code, DEBUG=debug, ALLOWED_HOSTS="localhost")
-    assert "TimeoutError: time is up" in printed, printed
 
 
 @plain_output
 @pytest.mark.parametrize("debug", ["True", "False"])
-def test_the_fields_of_extra_are_logged(project, debug):
-    code = """
-import logging
-import sys
-logging.getLogger().handlers[0].setStream(sys.stdout)
-logging.getLogger("own").warning("said", extra={"order_id": 77})
-"""
-    printed = project.manage("shell", "-v0", "-c", code, DEBUG=debug, ALLOWED_HOSTS="localhost")
-    assert re.search("order_id.*77", printed), printed
+def test_time_limits_and_the_fields_of_extra_are_logged(project, debug):
+    """A time limit is logged by the worker's main process, outside of any `except`."""
+    printed = project.manage("shell", "-v0", "-c", LOG, DEBUG=debug, ALLOWED_HOSTS="localhost")
+    assert re.search("TimeoutError: time is up.*order_id.*77", printed, re.DOTALL), printed
 
 
 @plain_output

@@ -4,16 +4,11 @@ from collections import Counter
 from functools import partial
 
 from harness import faults
-from harness.mails import Mails
+from harness.mails import NEWSLETTER, Mails
 from harness.project import wait_for
 
 on_one = partial(faults.stacks, ["redis"], ["prefork"], plain="plain-newsletter-")
-SEND = """
-from orders.models import Newsletter, Recipient
-from orders.tasks import send_newsletter
-newsletter = Newsletter.objects.create(subject="News", body="All is well.")
-emails = [f"{number}@example.com" for number in range(count)]
-Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for email in emails)
+CLICK = """
 for click in range(clicks):
     send_newsletter.delay(newsletter.pk)
 result = newsletter.pk
@@ -27,7 +22,7 @@ result = Recipient.objects.filter(newsletter=newsletter, sent_at=None).count()
 def send(stack, mails, count, clicks=1):
     """Let a worker send a newsletter. Return how often each recipient got it, when all is done."""
     worker = stack.replace_worker("", **mails.variables)
-    newsletter = stack.ask(SEND, count=count, clicks=clicks)
+    newsletter = stack.ask(NEWSLETTER + CLICK, count=count, clicks=clicks)
     if mails.count < count:
         wait_for(lambda: len(mails.received) == mails.count)
         worker.kill()
