@@ -9,7 +9,7 @@ import pytest
 
 from . import servers
 from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name, product
-from .project import Console, Process, Project, fetch, started, wait_for
+from .project import Console, Project, fetch, started, wait_for
 from .stack import SCHEDULE
 
 ORDER = {"product": "Tea", "quantity": 2}
@@ -142,9 +142,8 @@ def working(project, folder, **variables):
     variables |= servers.variables_of(used, project)
     variables["DATABASE_URL"] = f"sqlite:///{folder}/db.sqlite3"
     project.manage("migrate", "-v0", **variables)
-    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
-    options = {"says": " ready.", "cwd": project, "variables": variables}
-    worker = Process(command, folder / "worker.log", **options)
+    command, log = "celery -A config worker", folder / "worker.log"
+    worker = project.process(command, log, says=" ready.", **variables)
     console = Console(project, folder / "console.log", **variables)
     with started(*used, worker, console):
         yield worker, console

@@ -128,6 +128,17 @@ class Project(type(Path())):
         else:
             self.call("make", ".venv")
 
+    @property
+    def search_path(self):
+        """A PATH that begins with the project's own tools."""
+        return f"{self}/.venv/bin:{os.environ['PATH']}"
+
+    def process(self, command, log, *, says="", is_ready=None, **variables):
+        """Make the process of a command that somebody types in the project."""
+        variables = {"PATH": self.search_path, **variables}
+        options = {"cwd": self, "variables": variables, "says": says, "is_ready": is_ready}
+        return Process(command.split(), log, **options)
+
     def add_app(self, name, settings="", urls=""):
         """Copy one of our apps into the project, and append to its settings and its URLs."""
         shutil.copytree(APPS / name, self / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -69,7 +69,7 @@ class Redis(Broker):
 CELERY_BROKER_TRANSPORT_OPTIONS["unacked_restore_interval"] = 1
 """
 
-    def __init__(self, folder, project=None, port=None):
+    def __init__(self, folder, project=None, port=None, options=""):
         need("redis-server")
         self.port = port or free_ports(1)[0]
         url = f"redis://127.0.0.1:{self.port}"
@@ -79,13 +79,17 @@ CELERY_BROKER_TRANSPORT_OPTIONS["unacked_restore_interval"] = 1
             "VISIBILITY_SECONDS": REDELIVERY,
         }
         # A killed Redis loses nothing without fsync, for which clients would wait on a busy disk.
-        options = "--appendonly yes --appendfsync no"
+        options += " --appendonly yes --appendfsync no"
         command = f"redis-server --port {self.port} --dir {folder} {options}"
         super().__init__(folder, command.split(), is_ready=partial(answers_ping, self.port))
 
+    def cli(self, *words):
+        """Run redis-cli and return what it prints."""
+        command = ["redis-cli", "-p", str(self.port), *words]
+        return subprocess.check_output(command, text=True)
+
     def configure(self, name, value):
-        command = ["redis-cli", "-p", str(self.port), "config", "set", name, value]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        self.cli("config", "set", name, value)
 
 
 class RedisSentinel(Redis):

@@ -15,7 +15,6 @@ from .project import (
     BEHIND_A_PROXY,
     FILE_MAIL,
     Console,
-    Process,
     fetch,
     free_ports,
     responds,
@@ -133,10 +132,9 @@ class Stack:
         """
         if "FAULT" in variables:
             command = command.replace("-A config", "-A trials.app")
-        words, path = command.split(), f"{self.project}/.venv/bin:{os.environ['PATH']}"
-        log = self.folder / f"{name or words[0]}.log"
-        options = {"cwd": self.project, "variables": {**self.variables, **variables, "PATH": path}}
-        self.made.append(Process(words, log, says=says, is_ready=is_ready, **options))
+        log = self.folder / f"{name or command.split()[0]}.log"
+        options = {"says": says, "is_ready": is_ready, **self.variables, **variables}
+        self.made.append(self.project.process(command, log, **options))
         return self.made[-1]
 
     def make_worker(self, name, options="", *, pool=None, **variables):

@@ -1,8 +1,6 @@
 """What an owner may write or use: variables, a user model of his own, a pooler, a metered Redis."""
 
-import json
 import re
-import subprocess
 import time
 
 import pytest
@@ -10,55 +8,46 @@ import pytest
 from harness.bake import DEFAULTS, TEMPLATE
 from harness.blocks import code
 from harness.outputs import both_outputs, outputs, plain_output
-from harness.project import Process, env, started
+from harness.project import started
 from harness.servers import Redis
 
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
-WRITTEN = {  # {variable: (as it is written, the setting, its value)}
-    "SECRET_KEY": (f"${KEY}#=$a", "SECRET_KEY", f"${KEY}#=$a"),
-    "ALLOWED_HOSTS": (" a.com, b.com", "ALLOWED_HOSTS", ["a.com", "b.com"]),
-    "CSRF_TRUSTED_ORIGINS": (
-        "https://a.com, https://b.com",
-        "CSRF_TRUSTED_ORIGINS",
-        ["https://a.com", "https://b.com"],
-    ),
-    "DEFAULT_FROM_EMAIL": ("$x@example.com", "DEFAULT_FROM_EMAIL", "$x@example.com"),
-    "FLOWER_BASIC_AUTH": ("$admin:$pw", "FLOWER_BASIC_AUTH", "$admin:$pw"),
-    "TASK_TIME_LIMIT": ("500 ", "CELERY_TASK_TIME_LIMIT", 500),
-    "DEBUG": ("True", "DEBUG", True),
-    "EMAIL_HOST_PASSWORD": ("#$a", "EMAIL_HOST_PASSWORD", "#$a"),
-    "CELERY_BROKER_URL": ("redis://:$a@h:6379/0", "CELERY_BROKER_URL", "redis://:$a@h:6379/0"),
+WRITTEN = {  # {variable: as it is written}
+    "SECRET_KEY": f"${KEY}#=$a",
+    "ALLOWED_HOSTS": " a.com, b.com",
+    "CSRF_TRUSTED_ORIGINS": "https://a.com, https://b.com",
+    "DEFAULT_FROM_EMAIL": "$x@example.com",
+    "FLOWER_BASIC_AUTH": "$admin:$pw",
+    "TASK_TIME_LIMIT": "500 ",
+    "DEBUG": "True",
+    "EMAIL_HOST_PASSWORD": "#$a",
+    "CELERY_BROKER_URL": "redis://:$a@h:6379/0",
 }
-SHOW = """
-import json
+SETTINGS = {key: value for key, value in WRITTEN.items() if key != "TASK_TIME_LIMIT"} | {
+    "ALLOWED_HOSTS": ["a.com", "b.com"],
+    "CSRF_TRUSTED_ORIGINS": ["https://a.com", "https://b.com"],
+    "CELERY_TASK_TIME_LIMIT": 500,
+    "DEBUG": True,
+}
+SHOW = f"""
 from django.conf import settings
-print("=>" + json.dumps({name: getattr(settings, name) for name in NAMES}))
+found = {{name: getattr(settings, name) for name in {[*SETTINGS]}}}
+assert found == {SETTINGS}, found
 """
-
-
-def settings_of(project, **environment):
-    names = [setting for _, setting, _ in WRITTEN.values()]
-    code = SHOW.replace("NAMES", repr(names))
-    printed = project.manage("shell", "-v0", "-c", code, **environment)
-    return json.loads(printed.split("=>")[1])
 
 
 @plain_output
 def test_a_variable_of_the_environment_keeps_its_value(project):
-    environment = {name: written for name, (written, _, _) in WRITTEN.items()}
-    expected = {setting: value for _, setting, value in WRITTEN.values()}
-    assert settings_of(project, **environment) == expected
+    project.manage("shell", "-v0", "-c", SHOW, **WRITTEN)
 
 
 @plain_output
-def test_a_variable_of_dotenv_keeps_its_value(project, copied):
-    kept = [
-        line for line in project.read(".env").splitlines() if line.partition("=")[0] not in WRITTEN
-    ]
-    written = [f"{name}={value}" for name, (value, _, _) in WRITTEN.items()]
+def test_a_variable_of_dotenv_keeps_its_value(copied):
+    lines = copied.read(".env").splitlines()
+    kept = [line for line in lines if line.partition("=")[0] not in WRITTEN]
+    written = [f"{name}={value}" for name, value in WRITTEN.items()]
     (copied / ".env").write_text("\n".join([*kept, *written, ""]))
-    expected = {setting: value for _, setting, value in WRITTEN.values()}
-    assert settings_of(copied) == expected
+    copied.manage("shell", "-v0", "-c", SHOW)
 
 
 CONNECT = """
@@ -131,9 +120,8 @@ def test_users_may_log_in_by_email(copied):
     copied.call(".venv/bin/python", "-m", "pytest", "-q", "-m", "not live", **database)
     command = copied.services()["migrate"]["command"][-1].replace("$$", "$")  # of `make up`
     own = {"DATABASE_URL": f"sqlite:///{copied}/second.sqlite3", "DEBUG": "True"}
-    own["PATH"] = f"{copied}/.venv/bin:{env()['PATH']}"
     for _ in range(2):
-        printed = copied.call("sh", "-ec", command, **own)
+        printed = copied.call("sh", "-ec", command, PATH=copied.search_path, **own)
         assert "demo@example.com / " in printed
     if service := copied.services().get("prometheus-token"):
         make_token = service["command"][-1].replace("/token/prometheus", str(copied / "token"))
@@ -149,13 +137,12 @@ def test_the_web_server_reads_dotenv_too(copied):
 
 
 @outputs({**DEFAULTS, "result_backend": "database"})
-@pytest.mark.parametrize("name", ["CELERY_RESULT_BACKEND"])
-def test_a_variable_that_overrides_the_settings_is_found(project, name):
+def test_a_variable_that_overrides_the_settings_is_found(project):
     command = ["check", "--deploy", "--fail-level", "WARNING"]
     variables = {**project.production(), "DEBUG": "False", "FLOWER_BASIC_AUTH": "a:secret"}
     project.manage(*command, **variables)
     with pytest.raises(AssertionError, match="celery_steady.W005"):
-        project.manage(*command, **{**variables, name: "redis://h/1"})
+        project.manage(*command, **variables, CELERY_RESULT_BACKEND="redis://h/1")
 
 
 @both_outputs
@@ -212,7 +199,7 @@ def test_results_of_plain_tasks_stay_in_the_process_of_a_test(copied):
 
 
 LOGIN = """
-def test_login(client, django_user_model):
+def test_login(db, client, django_user_model):
     user = django_user_model.objects.create_user("somebody", password="secret")
     assert client.login(username=user.get_username(), password="secret")
 """
@@ -221,9 +208,7 @@ def test_login(client, django_user_model):
 @both_outputs
 def test_a_test_may_log_in_with_a_password(copied):
     """django-axes wants a request, which Django's client does not pass."""
-    (copied / "tests/test_login.py").write_text(
-        f"import pytest\n\npytestmark = pytest.mark.django_db\n{LOGIN}"
-    )
+    (copied / "tests/test_login.py").write_text(LOGIN)
     copied.call(".venv/bin/python", "-m", "pytest", "-q", "tests/test_login.py")
 
 
@@ -281,15 +266,14 @@ print(sorted(each.id + each.msg.split("orders.tasks.")[1].split()[0] for each in
 def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
     """Some providers bill each. Looking for lost tasks each second quadruples them."""
     redis = Redis(tmp_path / "redis")
-    command = [project / ".venv/bin/celery", "-A", "config", "worker", "--concurrency", "1"]
     variables = redis.variables | {"VISIBILITY_SECONDS": 120}  # the default
-    options = {"says": " ready.", "cwd": project, "variables": variables}
+    command = "celery -A config worker --concurrency 1"
+    worker = project.process(command, tmp_path / "log", says=" ready.", **variables)
 
     def count():
-        printed = subprocess.check_output(["redis-cli", "-p", str(redis.port), "info", "stats"])
-        return int(re.search(rb"total_commands_processed:(\d+)", printed)[1])
+        return int(re.search(r"total_commands_processed:(\d+)", redis.cli("info", "stats"))[1])
 
-    with started(redis, Process(command, tmp_path / "log", **options)):
+    with started(redis, worker):
         before = count()
         time.sleep(20)
         assert count() - before < 80

@@ -52,10 +52,8 @@ def read(project, file):
 def test_grafana_finds_the_data_source_and_the_dashboard(bake):
     project = bake(durable_jobs="yes")
     about, panels = dashboard(project)
-    provisioned, prometheus = (
-        read(project, f"{FOLDER}/grafana.yml"),
-        read(project, f"{FOLDER}/prometheus.yml"),
-    )
+    files = "grafana.yml", "prometheus.yml"
+    provisioned, prometheus = (read(project, f"{FOLDER}/{file}") for file in files)
     services = project.services()
     mounts = [mount.split(":")[:2] for mount in services["grafana"]["volumes"]]
     targets = {target: source for source, target in mounts}

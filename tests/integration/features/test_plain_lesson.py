@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.outputs import plain_output
-from harness.project import Console, Process, Site, connects, free_ports, started, wait_for
+from harness.project import Console, Site, connects, free_ports, started, wait_for
 from harness.servers import servers_of, variables_of
 
 # First Steps with Django: demoapp/tasks.py and demoapp/models.py
@@ -104,9 +104,8 @@ def lesson(project, tmp_path_factory):
     [port] = free_ports(1)
     processes = [Console(project, folder / "console.log", **variables)]
     for words in "worker -l INFO", "beat -l INFO", f"flower --port={port}":
-        command = [".venv/bin/celery", "-A", "config", *words.split()]
         log = folder / f"{words.split()[0]}.log"
-        processes.append(Process(command, log, cwd=project, variables=variables))
+        processes.append(project.process(f"celery -A config {words}", log, **variables))
     console, worker, *_ = processes
     worker.is_ready = lambda: " ready." in worker.printed
     with started(*servers):
@@ -233,15 +232,8 @@ def test_the_commands_of_the_lesson(lesson):
     wait_for(lambda: lesson.shows("empty", "inspect", "active"))  # Beat starts a task each second
     wait_for(lambda: lesson.shows("rename_widget", "inspect", "registered"))
     task = lesson.celery("call", "demoapp.tasks.add", "--args", "[3, 4]").strip()
-    wait_for(
-        lambda: (
-            lesson.ask(f"""
-from celery.result import AsyncResult
-result = AsyncResult({task!r}).result
-""")
-            == 7
-        )
-    )
+    code = f"from celery.result import AsyncResult\nresult = AsyncResult({task!r}).result"
+    wait_for(lambda: lesson.ask(code) == 7)
     assert "7" in lesson.celery("result", task)
     lesson.celery("call", "config.celery.debug_task")
     wait_for(lambda: "Request: <Context" in lesson.worker.printed)

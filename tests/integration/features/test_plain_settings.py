@@ -5,7 +5,6 @@ without a setting, name it: WITHOUT=CELERY_TASK_ROUTES make prove ARGS="-k plain
 """
 
 import re
-import subprocess
 import time
 from functools import partial
 
@@ -13,7 +12,8 @@ import psutil
 import pytest
 
 from harness import faults
-from harness.project import Process, connects, free_ports, started, wait_for
+from harness.project import started, wait_for
+from harness.servers import Redis
 
 stacks = partial(faults.stacks, plain="plain-settings-")
 on_redis = stacks(["redis"], ["prefork"])
@@ -190,15 +190,10 @@ assert cache.get("trial") == 1
 @on_redis
 def test_tasks_and_results_may_be_in_a_redis_cluster(stack, tmp_path):
     """The keys of all queues are in one slot, and those of a chord. This cluster has one node."""
-    [port] = free_ports(1)
-    command = f"redis-server --port {port} --dir {tmp_path} --cluster-enabled yes"
-    cluster = Process(command.split(), tmp_path / "log", is_ready=partial(connects, port))
-    with started(cluster):
-        redis_cli = "redis-cli", "-p", str(port), "cluster"
-        subprocess.run([*redis_cli, "addslotsrange", "0", "16383"], check=True)
-        info = [*redis_cli, "info"]
-        wait_for(lambda: "state:ok" in subprocess.check_output(info, text=True))
-        url = f"redis://127.0.0.1:{port}/0"
+    with started(Redis(tmp_path / "redis", options="--cluster-enabled yes")) as [cluster]:
+        cluster.cli("cluster", "addslotsrange", "0", "16383")
+        wait_for(lambda: "state:ok" in cluster.cli("cluster", "info"))
+        url = cluster.variables["CELERY_BROKER_URL"]
         variables = {"CELERY_BROKER_URL": url, "CELERY_RESULT_BACKEND": url}
         stack.replace_worker(**variables)
         printed = stack.project.manage("shell", "-v0", "-c", CHORD, **stack.variables | variables)
@@ -215,18 +210,16 @@ ADDRESSES = [
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_redis_may_have_a_socket_and_users(stack, tmp_path, address):
     """With the permissions that docs/production.md gives to a user."""
-    [port], path = free_ports(1), tmp_path / "socket"
-    command = f"redis-server --port {port} --dir {tmp_path} --unixsocket {path}"
-    redis = Process(command.split(), tmp_path / "log", is_ready=partial(connects, port))
-    with started(redis):
+    path = tmp_path / "socket"
+    with started(Redis(tmp_path / "redis", options=f"--unixsocket {path}")) as [redis]:
         page = stack.project.read("docs/production.md")
         [rule] = re.findall("`(ACL SETUSER .+?)`", page)
-        subprocess.run(["redis-cli", "-p", str(port), *rule.split()], check=True)
+        redis.cli(*rule.split())
         user = f"{rule.split()[2]}:PASSWORD"
-        url = partial(address.format, socket=path, port=port, user=user)
+        url = partial(address.format, socket=path, port=redis.port, user=user)
         names = "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND"
         variables = {name: url(number=number) for number, name in enumerate(names)}
-        variables["CACHE_URL"] = f"redis://{user}@127.0.0.1:{port}/2"
+        variables["CACHE_URL"] = f"redis://{user}@127.0.0.1:{redis.port}/2"
         stack.replace_worker(**variables)
         code = f"import dev; assert not [*dev.start_redis()]{CACHE}{CHORD}"
         printed = stack.project.manage("shell", "-v0", "-c", code, **stack.variables | variables)

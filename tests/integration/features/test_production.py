@@ -17,7 +17,6 @@ from harness.project import (
     Process,
     Site,
     connects,
-    env,
     fetch,
     free_ports,
     started,
@@ -56,7 +55,7 @@ def machine(bake, database, tmp_path):
             "FLOWER_BASIC_AUTH": f"admin:{SECRET}",
         }
         variables |= dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
-        variables["PATH"] = f"{project}/.venv/bin:{env()['PATH']}"
+        variables["PATH"] = project.search_path
         yield project, variables
 
 
