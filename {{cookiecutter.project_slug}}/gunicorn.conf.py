@@ -9,4 +9,8 @@ from dotenv import load_dotenv
 
 load_dotenv(".env", interpolate=False)  # the settings do so later
 workers = int(os.environ.get("WEB_CONCURRENCY") or 4)
+# A slow download occupies a thread; without threads, it would be cut after 30 seconds. A process
+# without a free thread leaves connections to the others.
+threads = worker_connections = 4
+keepalive = 0  # otherwise gunicorn warns that it can't keep connections
 control_socket_disable = True  # it would be in the home folder, which is read-only

@@ -2,9 +2,11 @@
 
 import re
 import subprocess
+import time
 from uuid import uuid4
 
 import pytest
+import requests
 import yaml
 
 from harness import need, servers
@@ -25,6 +27,7 @@ from harness.project import (
 
 TABLE = "^\\| `((?:gunicorn|celery) .+?)` \\|"  # of processes
 SECRET = "only-this-test-knows"
+LARGE, TIMEOUT = bytes(10_000_000), 10  # seconds
 # Only Beat starts a job whose countdown is over.
 LATER = """
 from durable_jobs.enqueue import enqueue
@@ -60,7 +63,10 @@ def machine(bake, database, tmp_path):
 
 
 def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
-    """With deployment=none, the variables of .env.example and no packages for tests."""
+    """With deployment=none, the variables of .env.example and no packages for tests.
+
+    Clients that download slowly block no other, and are not cut at gunicorn's timeout.
+    """
     project, variables = machine
     page = project.read("docs/production.md")
     project.call("uv", "lock")
@@ -78,6 +84,8 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
     project.manage("createsuperuser", "--noinput", **variables, **root)
     token = project.manage("drf_create_token", "root", **variables)
 
+    (project / "staticfiles/large").write_bytes(LARGE)  # more than the buffers on its way
+    variables["GUNICORN_CMD_ARGS"] = f"--preload --timeout {TIMEOUT}"
     site = Site(project, None, variables)
     site.headers = HTTPS
     site.token = re.search("[0-9a-f]{40}", token)[0]
@@ -88,6 +96,8 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
     ]
     with started(*processes) as [web, worker, _, flower]:
         wait_for(lambda: connects(variables["PORT"]) or not web.is_running())
+        started_at = time.monotonic()
+        downloads = [download(site) for _ in range(15)]  # gunicorn has 16 threads
         for path in ("/health/live", "/health/ready"):
             assert get(site, path, Host="10.0.0.1")[0] == 200, web.printed  # a load balancer
         assert get(site, "/", Host="example.org")[0] == 400
@@ -107,6 +117,16 @@ def test_the_commands_of_the_page_run_a_project(machine, tmp_path):
         for password, answer in ((None, 401), (("admin", SECRET), 200)):
             assert fetch(f"{site.flower}/api/workers", auth=password)[0] == answer
         assert worker.stop() == 0
+        time.sleep(max(0, started_at + TIMEOUT + 3 - time.monotonic()))
+        for slow in downloads:
+            assert slow.content == LARGE, web.printed
+        assert "[WARNING]" not in web.printed
+
+
+def download(site):
+    """Begin to download a large file; return the response."""
+    url = f"{site.web}/static/large"
+    return requests.get(url, headers=HTTPS, stream=True, timeout=60)
 
 
 def commands(project, page):
