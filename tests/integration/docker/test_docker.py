@@ -468,10 +468,7 @@ def test_the_proxy_does_not_publish_flower_and_protects_the_rest(stack, https):
 
 
 def test_a_large_or_slow_request_stops_at_the_proxy(stack, https, tmp_path):
-    def timeouts():  # gunicorn also writes one when a frozen server continues, in an earlier test
-        return stack.compose("logs", "web").count("WORKER TIMEOUT")
-
-    before, limit = timeouts(), 25 * MEGABYTE
+    limit = 25 * MEGABYTE
     token = ["--header", f"Authorization: Token {stack.token}"]
     answers = []
     # curl waits for the answer before it sends the body: over HTTP/2, curl 7.88 may lose an answer
@@ -485,11 +482,10 @@ def test_a_large_or_slow_request_stops_at_the_proxy(stack, https, tmp_path):
     assert under[0] == 400 and "more than" in under[3]  # said by the project
     assert over[0] == 413 and "25 MB" in over[3]
 
-    slow = [https.send_slowly() for _ in range(20)]  # five for each process of gunicorn
-    assert https.status("/health/live") == 200
+    slow = [https.send_slowly() for _ in range(20)]  # gunicorn has 16 threads
+    assert https.status("/health/live", "--max-time", "60") == 200
     for connection in slow:
         connection.close()
-    assert timeouts() == before
 
 
 def test_behind_the_proxy_a_client_cannot_forge_its_address(stack, https):
@@ -537,26 +533,34 @@ def test_the_profile_https_refuses_to_start_without_a_domain_or_with_debug(stack
         subprocess.run(["docker", "image", "rm", f"{stack.project.name}-caddy"])
 
 
+# The address of one of the servers
+ADDRESS = "[/@](?:db|redis|rabbitmq|aws):"
+
+
 @pytest.mark.parametrize("broker", CHOICES["broker"])
 def test_compose_works_with_servers_of_your_own(engine, bake, broker):
     """After the edits that docs/production.md lists, no server is left, and none is awaited."""
-    project = bake(durable_jobs="yes", broker=broker)
-    text, own = project.read("compose.yaml"), {"migrate", "web", "worker", "beat", "flower"}
-    for service in yaml.safe_load(text)["services"].keys() - own - {"prometheus-token"}:
+    project = bake(broker=broker)
+    text, page = project.read("compose.yaml"), project.read("docs/production.md")
+    servers = {"db", "redis", "rabbitmq", "rabbitmq-policy", "aws", "aws-prepare"}
+    for service in project.services().keys() & servers:
         text, count = re.subn(f"^  {service}:.*\n(?:    .*\n|\n)*", "", text, flags=re.M)
         assert count, service
-    text = re.sub("^(    DATABASE_URL: ).*", r"\1postgres://u:p@db.example/shop", text, flags=re.M)
+    text = re.sub(f"^    [A-Z_]+: .*{ADDRESS}.*\n", "", text, flags=re.M)
+    if "`REDIS_ADDR`" in page:
+        text = re.sub("(?<=REDIS_ADDR: ).*", "redis://redis.example:6379", text)
+    assert not re.findall(f".*{ADDRESS}.*", text)
+    project.edit(".env", "^(DATABASE_URL)=.*", r"\1=postgres://u:p@db.example/shop")
     [entries] = re.findall(WAITS, text)
     edit = "depends_on: {}"
-    assert f"`{edit}`" in project.read("docs/production.md")
+    assert f"`{edit}`" in page
     (project / "compose.yaml").write_text(text.replace(entries, ""))
     with pytest.raises(AssertionError, match="cycle detected: migrate -> migrate"):
         project.call("docker", "compose", "config")
     (project / "compose.yaml").write_text(text.replace(entries, f"    {edit}\n"))
     services = compose_config(project)["services"]
-    assert services.keys() == own & set(yaml.safe_load(text)["services"])
     assert "depends_on" not in services["migrate"]
-    for service in services.keys() - {"migrate"}:
+    for service in {"web", "worker", "beat", "flower"} & services.keys():
         assert list(services[service]["depends_on"]) == ["migrate"]
         assert services[service]["environment"]["DATABASE_URL"].endswith("@db.example/shop")
 
