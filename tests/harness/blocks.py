@@ -8,7 +8,6 @@ A block says it in its info string:
     sh no-run, yaml no-run, text    is read only, or run by a test of its own
 """
 
-import os
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -98,5 +97,4 @@ class Reader(ExitStack):
             ):
                 command = [word.replace(address, own) for word in command]
         variables = self.site.environment if self.site else self.variables
-        path = f"{self.project}/.venv/bin:{os.environ['PATH']}"
-        self.project.call(*command, **{**variables, "PATH": path})
+        self.project.call(*command, **{**variables, "PATH": self.project.search_path})

@@ -31,11 +31,6 @@ from harness.project import wait_for
 # A worker is killed
 
 
-def wait_for_early_acknowledgements(stack):
-    """Run a later job. When it ends, every early acknowledgement has been sent."""
-    stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
-
-
 @pytest.mark.promise("A killed worker's job runs again within 60 seconds")
 @on_each_with_default_timings
 def test_a_killed_worker_loses_no_job_with_the_default_timings(stack, gate):
@@ -85,7 +80,8 @@ def test_a_killed_child_loses_nothing(stack, gate):
     job = stack.enqueue("hold", gate, queue="cpu")
     task = stack.send("plain.wait", gate, queue="cpu")
     children = [stack.wait_until_started(job), stack.wait_until_started(task)]
-    wait_for_early_acknowledgements(stack)
+    # When a later job ends, every early acknowledgement has been sent.
+    stack.wait_until_final(stack.enqueue("quick", queue="cpu"))
 
     for child in children:
         os.kill(child, signal.SIGKILL)

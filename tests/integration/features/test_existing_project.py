@@ -11,7 +11,7 @@ from harness.bake import LIBRARY
 from harness.blocks import code
 from harness.mails import Mails
 from harness.outputs import CHECKS
-from harness.project import Process, Project, started, wait_for
+from harness.project import Project, started, wait_for
 from harness.servers import Redis
 from test_wheel import WHEEL
 
@@ -77,9 +77,8 @@ def test_a_task_of_a_default_output_becomes_a_job_and_a_task_again(project, data
         run_tests(project, **broker.variables, DATABASE_URL=url)
         project.manage("migrate", **variables)
         commands = re.findall("^(?:worker|beat): .*(celery .*)", project.read("Procfile.dev"), re.M)
-        path = {"PATH": f"{project}/.venv/bin:/usr/bin:/bin", **variables}
         worker, beat = (
-            Process(command.split(), tmp_path / f"{number}.log", cwd=project, variables=path)
+            project.process(command, tmp_path / f"{number}.log", **variables)
             for number, command in enumerate(commands)
         )
         with started(worker, beat):

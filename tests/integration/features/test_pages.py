@@ -7,7 +7,7 @@ import pytest
 from harness.bake import CHOICES, DEFAULTS, WITH_JOBS, render
 from harness.blocks import Reader, code
 from harness.outputs import outputs
-from harness.project import Process, connects, free_ports, started
+from harness.project import connects, free_ports, started
 
 # Makes queues with the template, then the rest as `make queues` does, which must not change these.
 QUEUES = """
@@ -77,8 +77,8 @@ def test_a_reader_can_type_what_the_pages_show(broker, project):
 def aws(project, tmp_path):
     """A stand-in for AWS with nothing in it; the variables that name it."""
     [port] = free_ports(1)
-    command = [project / ".venv/bin/python", "-m", "moto.server", "--port", str(port)]
-    with started(Process(command, tmp_path / "moto.log", is_ready=partial(connects, port))):
+    command, log = f"python -m moto.server --port {port}", tmp_path / "moto.log"
+    with started(project.process(command, log, is_ready=partial(connects, port))):
         yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
 
 

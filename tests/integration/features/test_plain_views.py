@@ -7,7 +7,7 @@ import pytest
 
 from harness.bake import CHOICES, DEFAULTS
 from harness.outputs import outputs
-from harness.project import Console, Process, started
+from harness.project import Console, started
 
 each_broker = outputs(*({**DEFAULTS, "broker": broker} for broker in CHOICES["broker"]))
 VIEWS = """
@@ -170,9 +170,8 @@ def act(console):
 
 @each_broker
 def test_every_view_sends_a_task_in_every_way(addresses, console, project, tmp_path):
-    command = [project / ".venv/bin/celery", "-A", "config", "worker"]
-    log = tmp_path / "worker.log"
-    with started(Process(command, log, says=" ready.", cwd=project, variables=addresses)):
+    command, log = "celery -A config worker", tmp_path / "worker.log"
+    with started(project.process(command, log, says=" ready.", **addresses)):
         pass  # it has declared where RabbitMQ keeps countdowns
     up = console(**addresses)
     found = send(up, every_pair(up))

@@ -7,7 +7,7 @@ import pytest
 from harness.bake import LIBRARY
 from harness.blocks import Reader, blocks
 from harness.libraries import SUPPORTED, environment
-from harness.project import Process, Project, started, wait_for
+from harness.project import Project, started, wait_for
 from harness.servers import RabbitMQ, Redis
 from test_wheel import STEADY_WHEEL, WHEEL
 
@@ -75,11 +75,8 @@ def test_the_code_of_the_guide_runs(project, tmp_path):
 def commands(project, folder):
     """Return the processes of the README: a worker, Beat, and another worker."""
     found = re.findall(r"^celery -A mysite (?:worker|beat)$", README, re.MULTILINE)
-    path = {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
-    return [
-        Process(command.split(), folder / f"{number}.log", cwd=project, variables=path)
-        for number, command in enumerate(found)
-    ]
+    logs = (folder / f"{number}.log" for number in range(len(found)))
+    return [project.process(*each) for each in zip(found, logs, strict=True)]
 
 
 def follow(page, reader, broker, *uses):

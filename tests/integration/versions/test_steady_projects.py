@@ -11,7 +11,7 @@ import pytest
 from harness.bake import STEADY
 from harness.blocks import code
 from harness.libraries import environment
-from harness.project import Process, Project, started, wait_for
+from harness.project import Project, started, wait_for
 from harness.servers import Redis
 from test_wheel import STEADY_WHEEL
 
@@ -66,19 +66,16 @@ def cookiecutter_django(tmp_path):
 def recovery(project, app, task, folder, **variables):
     """Kill a worker that runs a task. Return after how many seconds another one starts it."""
     note = folder / "starts"
-    variables |= {"PATH": f"{project}/.venv/bin:/usr/bin:/bin"}
-    command = ["celery", "-A", app, "worker", "--concurrency", "2", "-l", "info"]
-    first, second = (
-        Process(command, folder / f"{name}.log", says=" ready.", cwd=project, variables=variables)
-        for name in ("first", "second")
-    )
     with started(Redis(folder / "broker")) as [broker]:
         url = broker.variables["CELERY_BROKER_URL"]
         variables |= {"CELERY_BROKER_URL": url, "REDIS_URL": url}
-        first.options["env"] |= variables
-        second.options["env"] |= variables
+        command = f"celery -A {app} worker --concurrency 2 -l info"
+        first, second = (
+            project.process(command, folder / f"{name}.log", says=" ready.", **variables)
+            for name in ("first", "second")
+        )
         with started(first):
-            call = ["celery", "-A", app, "call", task, "--args", f'["{note}"]']
+            call = [".venv/bin/celery", "-A", app, "call", task, "--args", f'["{note}"]']
             project.call(*call, **variables)
             wait_for(note.exists)
             first.kill()
