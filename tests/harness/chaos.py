@@ -1,4 +1,4 @@
-"""`make chaos`: post jobs, batches and chains; every two seconds kill, stop or empty something.
+"""`make chaos`: post jobs, batches and chains; twice a second kill, stop, cut or empty something.
 
 At the end, each accepted job must have succeeded once and written its row. Jobs that kill their
 process and jobs over their time limit must have failed. No chunk of a newsletter was sent twice
@@ -26,14 +26,23 @@ from unittest import SkipTest
 import psycopg
 from cookiecutter.main import cookiecutter
 
-from .bake import TEMPLATE, WITH_JOBS
+from .bake import DEFAULTS, TEMPLATE, WITH_JOBS
+from .load import Load
 from .project import Project, children_of, started, wait_for
 from .servers import BROKERS, PostgreSQL
-from .stack import TIMINGS, prepare
+from .services import Server, Service, cells_of, prepare
 
-EVERY = 2  # seconds between two faults
+EVERY = 0.5  # seconds between two faults
 JOBS, SECONDS = 1000, 100
 JOBS_FOR_EACH_WORK = 20  # jobs for each batch or chain
+LOCKS = {
+    "row": "SELECT FROM durable_jobs_job WHERE state = 'running' LIMIT 1 FOR UPDATE",
+    "table": "LOCK TABLE durable_jobs_job IN ACCESS EXCLUSIVE MODE",
+    # As CREATE INDEX does. Everybody can read that leases lapse, and nobody can renew one.
+    "table for writers": "LOCK TABLE durable_jobs_job IN SHARE MODE",
+}
+# Not in the first round, for which test_chaos.py waits: processes take half a minute to notice.
+SLOW = ("harm", "database", "forget"), ("harm", "broker", "forget")
 NEWSLETTERS = "that send a newsletter"
 ENDS = {  # how the jobs of the faults must end
     "that kill their process": "failed Its worker died",
@@ -48,117 +57,103 @@ ENDS = {  # how the jobs of the faults must end
 }
 
 
+class Supervised(Service):
+    def start(self):
+        """Its supervisor does."""
+
+
 class Chaos:
     def __init__(self, stack, jobs, seconds, seed):
-        self.stack, self.seconds = stack, seconds
+        self.stack, self.seconds, self.load = stack, seconds, Load(stack)
         self.random = random.Random(seed)
         lengths = random.Random(seed)  # in seconds: most of the time, each worker has a job
         self.jobs = [(number, round(lengths.uniform(0, 1.5), 2)) for number in range(jobs)]
-        self.accepted = {}  # number: job
-        self.works = []  # numbers of batches and chains
         self.odd = {kind: [] for kind in ENDS}  # jobs of the faults
         self.started_in_pause = self.workers_stuck = self.jobs_stuck = 0
+        self.services = {name: [stack.services[name]] for name in ("database", "broker")}
+        processes = {"web": [stack.web], "beat": [stack.beat], "worker": stack.workers}
+        self.services |= {name: list(map(Supervised, each)) for name, each in processes.items()}
+        cells = [cell for cell in cells_of(stack.project.answers) if cell[0] in self.services]
+        self.kinds = [*FAULTS, *(("harm", *cell) for cell in cells)]
+        self.first = [kind for kind in self.kinds if kind not in SLOW]
         self.round, self.faults = [], Counter()  # faults still to come, and how often each came
-        self.timers = []
+        self.pool, self.futures, self.is_over = ThreadPoolExecutor(), [], threading.Event()
 
     def run(self):
         """Post jobs and inject faults, then wait for all jobs. Return whether nothing was lost."""
         start = time.monotonic()
-        with self.stack.supervised(), self.old_snapshot(), ThreadPoolExecutor(8) as pool:
+        posters = ThreadPoolExecutor(8)
+
+        def post(due, kind, **data):
+            """Post until it is accepted, as a client does that needs it."""
+            time.sleep(max(0, due - time.monotonic()))
+            self.load.post_until_accepted(kind, **data)
+
+        with self.stack.supervised(), posters, self.pool:
+            self.beside(self.hold_snapshot)
             posting = []
             for number, length in self.jobs:
-                posting.append(pool.submit(self.post, number, length, start))
-                if number % JOBS_FOR_EACH_WORK == 0:
-                    posting.append(pool.submit(self.post_work, number, start))
-            while (
-                time.monotonic() - start < self.seconds
-                or len(self.faults) < len(FAULTS)
-                or not all(p.done() for p in posting)
-            ):
-                time.sleep(EVERY)
-                self.inject_fault()
-            for future in posting:
-                future.result()
-            self.wait(600)
-            survey = self.survey()
-        for timer in self.timers:
-            timer.cancel()
+                due = start + number * self.seconds / len(self.jobs)
+                data = {"task": "write", "args": [number, length], "key": f"chaos-{number}"}
+                posting.append(posters.submit(post, due, "write", **data))
+                work, rest = divmod(number, JOBS_FOR_EACH_WORK)
+                if not rest:
+                    data = {"number": work, "key": f"work-{work}"}
+                    posting.append(posters.submit(post, due, "work", **data))
+            try:
+                while (
+                    time.monotonic() - start < self.seconds
+                    or len(self.faults) < len(self.first)
+                    or not all(each.done() for each in posting)
+                ):
+                    time.sleep(EVERY)
+                    self.inject_fault()
+                self.wait(600)
+                survey = self.survey()
+            finally:
+                self.is_over.set()
+        for future in [*posting, *self.futures]:
+            future.result()
         return self.report(survey)
 
-    def post(self, number, seconds, start):
-        data = {"task": "write", "args": [number, seconds], "key": f"chaos-{number}"}
-        self.accepted[number] = self.post_until_accepted("/faults/", number, start, data)
-
-    def post_work(self, number, start):
-        """Post a batch or a chain."""
-        work = number // JOBS_FOR_EACH_WORK
-        data = {"number": work, "key": f"work-{work}"}
-        self.post_until_accepted("/faults/batches/", number, start, data)
-        self.works.append(work)
-
-    def post_until_accepted(self, path, number, start, data):
-        """Post until the answer is 202, as a client that needs its job accepted. Return the id."""
-        due = start + number * self.seconds / len(self.jobs)
-        time.sleep(max(0, due - time.monotonic()))
-        while True:
-            try:
-                return self.stack.post_to(path, **data)
-            except (OSError, AssertionError, ValueError):
-                time.sleep(0.3)
+    def beside(self, function):
+        """Run a function while the next faults happen."""
+        self.futures.append(self.pool.submit(function))
 
     def inject_fault(self):
         if not self.round:  # each fault comes once in a round, in random order
-            self.round = self.random.sample(FAULTS, len(FAULTS))
-        fault = self.round.pop()
-        name = fault.removeprefix("fault_")
+            kinds = self.kinds if self.faults else self.first
+            self.round = self.random.sample(kinds, len(kinds))
+        method, *arguments = fault = self.round.pop()
+        name = " ".join(fault)
         self.faults[name] += 1
         try:
-            getattr(self, fault)()
+            getattr(self, method)(*arguments)
         # The target is unavailable.
         except (OSError, AssertionError, ValueError, psycopg.Error) as error:
             print(f"  {name}: {str(error)[-200:]}", file=sys.stderr)
 
-    def fault_worker_killed(self):
-        self.random.choice(self.stack.workers).kill()
+    def harm(self, service, fault):
+        """Let this happen to a server, or to a process while the next faults happen."""
+        target = self.random.choice(self.services[service])
+        if isinstance(target, Server):
+            target.down = target.stalled = self.random.uniform(0, 3)
+            getattr(target, fault)()
+            return
 
-    def fault_child_killed(self):
-        group = self.random.choice(self.stack.workers).pid
-        if children := children_of(group):
+        def happen():
+            with suppress(ProcessLookupError):  # it has just ended
+                getattr(target, fault)()
+
+        self.beside(happen)
+
+    def kill_child(self, service):
+        parent = self.random.choice(self.services[service]).process.pid
+        if children := children_of(parent):
             os.kill(self.random.choice(children), signal.SIGKILL)
-
-    def fault_worker_stopped(self):
-        os.kill(self.random.choice(self.stack.workers).pid, signal.SIGTERM)
-
-    def fault_worker_paused(self):
-        """Pause a worker for longer than its lease."""
-        worker = self.random.choice(self.stack.workers)
-        worker.pause()
-        threading.Timer(5, worker.resume).start()
-
-    def fault_web_killed(self):
-        if children := children_of(self.stack.web.pid):
-            os.kill(self.random.choice(children), signal.SIGKILL)
-
-    def fault_beat_killed(self):
-        self.stack.beat.kill()
-
-    def fault_broker_restarted(self):
-        self.stack.broker.kill()
-        time.sleep(self.random.uniform(0, 3))
-        self.stack.broker.start()
-
-    def fault_broker_paused(self):
-        self.stack.broker.pause()
-        time.sleep(self.random.uniform(1, 3))
-        self.stack.broker.resume()
 
     def fault_broker_emptied(self):
         self.stack.empty("celery")
-
-    def fault_database_restarted(self):
-        self.stack.database.kill()
-        time.sleep(self.random.uniform(0, 3))
-        self.stack.database.start()
 
     def fault_messages_copied(self):
         self.stack.ask("from faults.survey import copy_messages\ncopy_messages()")
@@ -167,26 +162,11 @@ class Chaos:
         """Keep some plain tasks in the queue of the jobs for half a minute."""
         gate = self.stack.folder / f"gate-{time.monotonic()}"
         self.stack.ask("for _ in range(30): plain.circle.delay(gate, 0.1)", gate=str(gate))
-        timer = threading.Timer(30, gate.touch)
-        timer.daemon = True
-        timer.start()
-        self.timers.append(timer)
+        self.beside(lambda: self.is_over.wait(30) or gate.touch())
 
-    def fault_row_locked(self):
-        code = "result = Job.objects.filter(state='running').values_list('pk', flat=True).first()"
-        if job := self.stack.ask(code):
-            self.lock(f"SELECT FROM durable_jobs_job WHERE id = '{job}' FOR UPDATE")
-
-    def fault_table_locked(self):
-        self.lock("LOCK TABLE durable_jobs_job IN ACCESS EXCLUSIVE MODE")
-
-    def fault_table_locked_for_writers(self):
-        """As CREATE INDEX does. Everybody can read that leases lapse, and nobody can renew one."""
-        self.lock("LOCK TABLE durable_jobs_job IN SHARE MODE")
-
-    def lock(self, statement):
+    def lock(self, what):
         """Hold a lock for longer than a lease."""
-        with self.stack.locked(statement):
+        with self.stack.locked(LOCKS[what]):
             time.sleep(5)
 
     def fault_killer(self):
@@ -258,7 +238,7 @@ result = [job.pk for job in enqueue_many([limited.s("one:paused")] * 10)]
         jobs = self.stack.ask(code)
         self.odd["with a limit"] += jobs
         try:
-            self.fault_worker_killed()
+            self.harm("worker", "kill")
             self.fault_messages_copied()
             time.sleep(3)
             ask = "result = Job.objects.filter(pk__in=jobs, started_at__isnull=False).count()"
@@ -270,39 +250,26 @@ result = [job.pk for job in enqueue_many([limited.s("one:paused")] * 10)]
         """Back the database up."""
         assert self.stack.database.run("pg_dump", "--file", os.devnull, self.stack.database_url())
 
-    @contextmanager
-    def old_snapshot(self):
+    def hold_snapshot(self):
         """Keep PostgreSQL from removing old row versions, as a long report does."""
-        over = threading.Event()
-
-        def hold():
-            while not over.wait(0.1):
-                # It ends with the database.
-                with (
-                    suppress(psycopg.Error),
-                    psycopg.connect(self.stack.database_url()) as connection,
-                ):
-                    connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-                    while not over.wait(0.5):
-                        connection.execute("SELECT")
-
-        with ThreadPoolExecutor(1) as pool:
-            holder = pool.submit(hold)
-            try:
-                yield
-            finally:
-                over.set()
-                holder.result()
+        url, _, _ = self.stack.database.variables["DATABASE_URL"].partition("?")
+        while not self.is_over.wait(0.1):
+            # It ends with the database.
+            with suppress(psycopg.Error), psycopg.connect(url) as connection:
+                connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+                while not self.is_over.wait(0.5):
+                    connection.execute("SELECT")
 
     def fault_old_beat(self):
         """Let a Beat of older code send jobs of a new task, as in a deploy with Beat last."""
         variables = self.stack.beat.options["env"]
         variables["OLD_CODE"] = "1"
-        self.stack.beat.kill()
         code = "result = [j.pk for j in enqueue_many([new.using(countdown=2).s()] * 5)]"
-        jobs = self.stack.ask(code)
-        self.odd["that Beat does not know"] += jobs
+        jobs = []
         try:
+            self.stack.beat.kill()
+            jobs += self.stack.ask(code)
+            self.odd["that Beat does not know"] += jobs
             self.stack.wait_until_final(*jobs)
         except AssertionError:
             self.jobs_stuck += len(jobs)
@@ -330,9 +297,9 @@ result = rows.exists() or is_open.exists()
         time.sleep(2)  # a job that ends a second time does so now
 
     def survey(self):
-        names = {"jobs": list(self.accepted.values()), "numbers": list(self.accepted)}
-        names |= {"odd": list(chain(*self.odd.values())), "works": self.works}
-        ask = "from faults.survey import survey\nresult = survey(jobs, numbers, odd, works)"
+        accepted, odd = self.load.accepted, list(chain(*self.odd.values()))
+        names = {"jobs": accepted["write"], "odd": odd, "works": len(accepted["work"])}
+        ask = "from faults.survey import survey\nresult = survey(jobs, odd, works)"
         return self.stack.ask(ask, **names)
 
     def count_exceeded(self):
@@ -349,16 +316,16 @@ result = rows.exists() or is_open.exists()
 
     def report(self, survey):
         """Print what happened, and how often what must not. Return whether that never did."""
-        accepted, finished, states = len(self.accepted), survey["distinct"], survey["states"]
+        jobs, finished, states = self.load.accepted["write"], survey["distinct"], survey["states"]
+        accepted = len(jobs)
         works = [survey["batches"], survey["jobs of works"]]
         starts = Counter(job for kind, job, *_ in self.stack.lines() if kind == "start")
-        redelivered = sum(starts[job] - 1 for job in self.accepted.values() if starts[job])
+        redelivered = sum(starts[job] - 1 for job in jobs if starts[job])
         print(f"  faults: {sum(self.faults.values())} {dict(sorted(self.faults.items()))}")
         print(f"  jobs: {accepted} {states}, redelivered {redelivered}, lapsed {survey['crashes']}")
-        print(f"  batches and chains: {len(self.works)}, batches and their jobs: {works}")
+        print(f"  batches and chains, and their jobs: {works}")
         newsletters = [survey["chunks"].get(job, []) for job in self.odd[NEWSLETTERS]]
         wrong = {
-            "jobs that were not accepted": len(self.jobs) - accepted,
             "jobs lost": max(accepted - finished, accepted - survey["written"]),
             "jobs that ended twice": survey["finals"] - finished,
             "jobs that failed": accepted - states.get("succeeded", 0),
@@ -377,16 +344,20 @@ result = rows.exists() or is_open.exists()
                 not chunks or chunks != list(range(len(chunks))) for chunks in newsletters
             ),
         }
-        for kind, jobs in self.odd.items():
-            ends = [survey["odd"].get(job, "deleted") for job in jobs]
-            odd = [end for end in ends if not end.startswith(ENDS[kind])]
-            wrong[f"of {len(jobs)} jobs {kind}, with another end"] = odd
+        for kind, odd in self.odd.items():
+            ends = [survey["odd"].get(job, "deleted") for job in odd]
+            ends = [end for end in ends if not end.startswith(ENDS[kind])]
+            wrong[f"of {len(odd)} jobs {kind}, with another end"] = ends
         for what, count in wrong.items():
             print(f"  {what}: {count or 0}")
         return not any(wrong.values())
 
 
-FAULTS = sorted(name for name in vars(Chaos) if name.startswith("fault_"))
+FAULTS = [
+    *((name,) for name in sorted(vars(Chaos)) if name.startswith("fault_")),
+    *(("lock", what) for what in LOCKS),
+    *(("kill_child", service) for service in ("web", "worker")),
+]
 
 
 def main():
@@ -411,18 +382,13 @@ def main():
 def run(name, folder, *, jobs=JOBS, seconds=SECONDS, seed, pool="prefork"):
     """Run chaos on a project with this broker. Print a report, return whether nothing was lost."""
     print(f"{name}, {pool}, seed {seed}", flush=True)
-    broker = BROKERS[name]
-    answers = {**WITH_JOBS, **broker.answers, "worker_pool": pool}
-    baked = cookiecutter(
-        str(TEMPLATE), no_input=True, output_dir=str(folder), extra_context=answers
-    )
+    answers = {**WITH_JOBS, **BROKERS[name].answers, "worker_pool": pool}
+    project = Project(cookiecutter(str(TEMPLATE), None, True, answers, output_dir=str(folder)))
+    project.answers = {**DEFAULTS, **answers}
     with started(PostgreSQL("fsync=off")) as [database]:
-        project = Project(baked)
-        project.answers = answers
-        stack = prepare(project, broker, folder, database, **TIMINGS)
-        third = stack.make_worker("test", "--queues celery,test")
-        stack.workers.append(third)
-        stack.processes.append(third)
+        stack = prepare(project, folder, database, WORKER_CONCURRENCY=4)
+        stack.workers.append(stack.make_worker("test", "--queues celery,test"))
+        stack.processes = [stack.web, stack.beat, *stack.workers]
         fine = False
         try:
             stack.start()

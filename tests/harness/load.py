@@ -1,4 +1,4 @@
-"""A load of all kinds of tasks on a stack, while test_services.py harms one of its services."""
+"""A load of all kinds of tasks on a stack, while test_services.py or chaos harms its services."""
 
 import json
 import threading
@@ -18,10 +18,15 @@ FRESH = defaultdict(lambda: 30, report=10)
 PLAIN = "retry", "countdown", "rest"  # and what the tests themselves send:
 LONG = "short", "long", "longest"
 CHORD = ("chord",)
-PLAIN_NAMES = "load.tasks.rest", "load.tasks.try_again", "trials.tasks.tick"
+PLAIN_NAMES = "trials.tasks.nap", "trials.tasks.retry_later", "trials.tasks.tick"
 JOBS = "batch", "job-retry", "job-countdown", "job-rest"
-PATHS = {"email": "/api/orders/", "report": "/api/orders/report/"}
-PAUSES = {"email": 0.2, "report": 1}  # seconds between two requests
+PATHS = {
+    "email": "/api/orders/",
+    "report": "/api/orders/report/",
+    "write": "/faults/",
+    "work": "/faults/batches/",
+}
+PAUSES = {"email": 0.2, "report": 1}  # seconds between two requests of a load that is running
 # What delay() may raise while a service is unavailable. Anything else is a failure.
 REFUSALS = (
     "kombu.exceptions.OperationalError",
@@ -107,14 +112,14 @@ class Load:
         command = f"python -m load.send {path} {rate} {' '.join(kinds)}"
         sender = self.stack.process(command, "sender", **variables)
         sender.launch()
-        threads = [threading.Thread(target=self.post_continuously, args=[kind]) for kind in PATHS]
+        threads = [threading.Thread(target=self.post_continuously, args=[kind]) for kind in PAUSES]
         for thread in threads:
             thread.start()
         try:
             for kind in long:
                 self.send(kind)
             wait_for(lambda: len(path.read_text().splitlines()) > len(kinds))
-            wait_for(lambda: all(self.accepted[kind] for kind in PATHS))
+            wait_for(lambda: all(self.accepted[kind] for kind in PAUSES))
             yield
         finally:
             self.is_over.set()
@@ -145,11 +150,11 @@ class Load:
         while not self.is_over.wait(PAUSES[kind]):
             self.post(kind)
 
-    def post(self, kind):
-        """Post an order or start a report. Return whether it was accepted."""
+    def post(self, kind, **data):
+        """Post an order, start a report, or post this data. Return whether it was accepted."""
         start = time.monotonic()
         try:
-            data = ORDER if kind == "email" else None
+            data = data or (ORDER if kind == "email" else None)
             status, headers, answer = self.stack.request(PATHS[kind], data, method="POST")
         except requests.RequestException:
             status = 503
@@ -164,8 +169,8 @@ class Load:
             self.accepted[kind].append(place.split("/")[-2] if place else answer and answer["id"])
             return True
 
-    def post_until_accepted(self, kind):
-        wait_for(lambda: self.post(kind))
+    def post_until_accepted(self, kind, **data):
+        wait_for(lambda: self.post(kind, **data))
 
     # Afterwards
 
@@ -187,7 +192,7 @@ class Load:
         with ThreadPoolExecutor(4) as pool:
             posted = [
                 pool.submit(self.post_until_accepted, kind)
-                for kind in PATHS
+                for kind in PAUSES
                 for _ in range(FRESH[kind])
             ]
             for kind in ["short", *self.kinds]:

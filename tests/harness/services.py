@@ -18,10 +18,9 @@ from .bake import CHOICES, TEMPLATE, baked, chosen, covering, name, product
 from .project import started
 from .proxy import Proxy
 from .servers import BROKERS, SQS, PostgreSQL, RabbitMQ, Redis, backend_class, versions
-from .stack import SCHEDULE, TIMINGS, JobStack, PlainStack
+from .stack import TIMINGS, JobStack, PlainStack, add_faults, add_trials
 
 PAGE = TEMPLATE / "docs/reliability.md"
-DOWN, STALLED = 4, 8  # seconds
 # Seconds until Redis or SQS delivers a task again that no live worker has. A stalled worker or
 # broker must be back earlier.
 VISIBILITY = 20
@@ -64,6 +63,7 @@ class Service:
     """What all services have: a process that can be stopped, killed and stalled."""
 
     stop_signal = signal.SIGTERM
+    down, stalled = 4, 8  # seconds
 
     def __init__(self, process):
         self.process = process
@@ -73,17 +73,19 @@ class Service:
         self.process.stop(self.stop_signal)
         with suppress(ProcessLookupError):  # a child that outlives it, such as RabbitMQ's epmd
             os.killpg(self.process.pid, signal.SIGKILL)
-        time.sleep(DOWN)
-        self.process.start()
+        self.start()
 
     def kill(self):
         self.process.kill()
-        time.sleep(DOWN)
+        self.start()
+
+    def start(self):
+        time.sleep(self.down)
         self.process.start()
 
     def stall(self):
         self.process.pause()
-        time.sleep(STALLED)
+        time.sleep(self.stalled)
         self.process.resume()
 
 
@@ -108,46 +110,34 @@ class Server(Service):
         self.proxy.forget()
 
     def read_only(self):
-        self.refuse_writes()
+        self.set_read_only(True)
         try:
-            time.sleep(STALLED)
+            time.sleep(self.stalled)
         finally:
-            self.allow_writes()
+            self.set_read_only(False)
 
 
 class DatabaseService(Server):
     stop_signal = signal.SIGINT  # a fast shutdown
 
-    def refuse_writes(self):
+    def set_read_only(self, is_on):
         """As after a failover to a replica."""
-        self.set("SET default_transaction_read_only = on")
-
-    def allow_writes(self):
-        self.set("RESET default_transaction_read_only")
-
-    def set(self, what):
         with psycopg.connect(f"{self.process.url}/postgres", autocommit=True) as connection:
             connection.execute("SET default_transaction_read_only = off")
-            connection.execute(f"ALTER SYSTEM {what}")
+            connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {is_on}")
             connection.execute("SELECT pg_reload_conf()")
 
 
 class RedisService(Server):
-    def refuse_writes(self):
-        """As a master does that has lost its replicas."""
-        self.process.configure("min-replicas-to-write", "1")
-
-    def allow_writes(self):
-        self.process.configure("min-replicas-to-write", "0")
+    def set_read_only(self, is_on):
+        """As a master is that has lost its replicas."""
+        self.process.configure("min-replicas-to-write", str(int(is_on)))
 
 
 class RabbitMQService(Server):
-    def refuse_writes(self):
+    def set_read_only(self, is_on):
         """Its memory alarm blocks all publishers."""
-        self.process.control("set_vm_memory_high_watermark", "0.0000001")
-
-    def allow_writes(self):
-        self.process.control("set_vm_memory_high_watermark", "0.6")
+        self.process.control("set_vm_memory_high_watermark", "0.0000001" if is_on else "0.6")
 
 
 class AWSService(Server):
@@ -158,7 +148,7 @@ class AWSService(Server):
     def restart(self):
         self.proxy.block()
         try:
-            time.sleep(DOWN)
+            time.sleep(self.down)
         finally:
             self.proxy.unblock()
 
@@ -284,27 +274,24 @@ def each_cell():
 def service_stack(request, cookies_session, database, tmp_path_factory):
     """A stack that consecutive cells share. Its `services` are all its servers and processes."""
     project = baked(cookies_session, request.param)
-    project.install()
     stack = prepare(project, tmp_path_factory.mktemp("services"), database)
     with started(stack):
         stack.ask(EXAMPLE)
         yield stack
 
 
-def prepare(project, folder, database):
+def prepare(project, folder, database, **options):
+    """Install a baked project, and return its stack with a proxy in front of each server."""
     has_jobs = project.answers["durable_jobs"] == "yes"
+    project.install()
     project.edit("orders/tasks.py", r"time\.sleep\(0\.5\).*", "time.sleep(0.02)")
-    without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
-    urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
-    settings = SCHEDULE.format(path=folder / "ticked") + SETTINGS[project.answers["broker"]]
-    project.add_app("trials", settings + without, urls)
+    add_trials(project, folder, SETTINGS[project.answers["broker"]])
     if has_jobs:
-        project.add_app("faults")
+        add_faults(project)
     project.add_app("load")
 
-    services, variables = {}, {"VISIBILITY_SECONDS": VISIBILITY, "WORKER_CONCURRENCY": 8}
-    if project.answers["worker_pool"] != "prefork":
-        variables["WORKER_CONCURRENCY"] = 20
+    slots = 8 if project.answers["worker_pool"] == "prefork" else 20
+    services, variables = {}, {"VISIBILITY_SECONDS": VISIBILITY, "WORKER_CONCURRENCY": slots}
     if has_jobs:
         variables |= TIMINGS
     for service, kind in servers_of(project.answers).items():
@@ -323,6 +310,7 @@ def prepare(project, folder, database):
     own = [each.process for service, each in services.items() if service != "database"]
     broker = services["broker"].process
     own.sort(key=lambda server: server is not broker)
+    variables |= options
     stack = (JobStack if has_jobs else PlainStack)(project, own, folder, database, **variables)
     stack.processes = [stack.web, *stack.workers, stack.beat]
     if chosen(**project.answers).has_flower:
@@ -345,24 +333,10 @@ def stack_of_services(service_stack, request):
     for service in stack.services.values():
         if isinstance(service, Server):
             service.proxy.clean_up()
+            service.process.resume()
     if request.session.testsfailed > failed:
-        for service in stack.services.values():
-            if isinstance(service, Server):
-                service.process.resume()
         print(stack.printed())
         stack.kill(*stack.processes)
-
-
-@pytest.fixture
-def record_cell(request, record_property):
-    """A function that records what happened in a cell, for the table."""
-
-    def record(service, fault, found):
-        stack = request.node.callspec.id.removesuffix(f"-{service}-{fault}")
-        cell = {"service": service, "fault": fault, "stack": stack, **found}
-        record_property("cell", cell)
-
-    return record
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -432,7 +432,13 @@ def prepare(project, broker, folder, database, **variables):
     `broker` is one of the classes in SETUPS. `folder` is for the files of all processes.
     """
     project.install()
-    settings = f"""{broker.settings}
+    project.add_app("trials")
+    add_faults(project, broker.settings)
+    return JobStack(project, [broker(folder / "broker", project)], folder, database, **variables)
+
+
+def add_faults(project, settings=""):
+    settings += f"""
 CELERY_TASK_ROUTES["faults.tasks.routed"] = {{"queue": "io"}}
 DURABLE_JOBS["LIMITS"] = {LIMITS}
 """
@@ -440,21 +446,23 @@ DURABLE_JOBS["LIMITS"] = {LIMITS}
 from faults.views import enqueue, work
 urlpatterns += [path("faults/", enqueue), path("faults/batches/", work)]
 """
-    project.add_app("trials")
     project.add_app("faults", settings, urls)
-    return JobStack(project, [broker(folder / "broker", project)], folder, database, **variables)
+
+
+def add_trials(project, folder, settings):
+    """To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …"""
+    without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
+    urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
+    settings = SCHEDULE.format(path=folder / "ticked") + settings + without
+    project.add_app("trials", settings, urls)
 
 
 def prepare_plain(project, folder, database, settings="", **variables):
     """Add the app `trials` to an installed project, and return its PlainStack, not yet started.
 
     Without settings (None), it has the timings of production.
-    To see which tests fail without a setting: WITHOUT=CELERY_TASK_ACKS_LATE make prove …
     """
-    without = "".join(f"del {name}\n" for name in os.environ.get("WITHOUT", "").split())
-    urls = '\nfrom trials.views import start\nurlpatterns += [path("api/trials/", start)]\n'
-    more = SCHEDULE.format(path=folder / "ticked") + (settings or "") + without
-    project.add_app("trials", more, urls)
+    add_trials(project, folder, settings or "")
     servers = servers_of(project, folder / "servers")
     if settings is None:
         for server in servers:

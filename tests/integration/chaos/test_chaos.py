@@ -1,4 +1,4 @@
-"""`make chaos`: random faults every two seconds, while jobs run, and no job is lost."""
+"""`make chaos`: two random faults a second, while jobs run, and no job is lost."""
 
 import pytest
 

@@ -38,7 +38,7 @@ TIMES = int(os.environ.get("TIMES", 1))
 @pytest.mark.promise("It survives failing services")
 @each_cell()
 def test_nothing_accepted_is_lost_when_a_service_fails(
-    stack_of_services, service, fault, record_cell
+    stack_of_services, service, fault, request, record_property
 ):
     stack = stack_of_services
     broker = stack.project.answers["broker"]
@@ -89,7 +89,8 @@ def test_nothing_accepted_is_lost_when_a_service_fails(
     }
     accepted = {kind: len(ids) for kind, ids in load.accepted.items()}
     print(*(f"{key}: {value}" for key, value in {"accepted": accepted, **found}.items()), sep="\n")
-    record_cell(service, fault, found)
+    name = request.node.callspec.id.removesuffix(f"-{service}-{fault}")
+    record_property("cell", {"service": service, "fault": fault, "stack": name, **found})
     wrong = {
         key: found[key]
         for key in ("answers other than 503", "of them fresh", "without a result")

@@ -3,27 +3,30 @@
 from importlib.util import find_spec
 
 from django.conf import settings
+from trials.tasks import nap, retry_later
 
 from orders import tasks as orders
 from orders.models import Order
-
-from . import tasks
 
 EMAIL, PRODUCT = "you@example.com", "Coffee"
 has_results = hasattr(settings, "CELERY_RESULT_BACKEND")
 
 KINDS = {
-    "short": lambda: tasks.rest.delay(0).id,
-    "retry": lambda: tasks.try_again.delay().id,
-    "countdown": lambda: tasks.rest.apply_async([0], countdown=3).id,
-    "rest": lambda: tasks.rest.delay(3).id,
-    "long": lambda: tasks.rest.delay(12).id,
-    "longest": lambda: tasks.rest.delay(24).id,  # longer than the visibility timeout
+    "short": lambda: nap.delay(0).id,
+    "retry": lambda: retry_later.apply_async([2], ignore_result=False).id,
+    "countdown": lambda: nap.apply_async([0], countdown=3).id,
+    "rest": lambda: nap.delay(3).id,
+    "long": lambda: nap.delay(12).id,
+    "longest": lambda: nap.delay(24).id,  # longer than the visibility timeout
 }
 
 if find_spec("durable_jobs"):
+    from faults.tasks import rest, run
+
     from durable_jobs import batches
     from durable_jobs.enqueue import enqueue
+
+    RETRY = "if not self.request.retries: raise self.retry(countdown=2)"
 
     def send_batch():
         pks = Order.objects.values_list("pk", flat=True)[:2]
@@ -32,10 +35,10 @@ if find_spec("durable_jobs"):
 
     KINDS |= {
         "batch": send_batch,
-        "job-retry": lambda: enqueue(tasks.try_job_again).pk,
-        "job-countdown": lambda: enqueue(tasks.rest_job, [0], countdown=3).pk,
-        "job-rest": lambda: enqueue(tasks.rest_job, [3]).pk,
-        "job-long": lambda: enqueue(tasks.rest_job, [12]).pk,
+        "job-retry": lambda: enqueue(run, [RETRY]).pk,
+        "job-countdown": lambda: enqueue(rest, [0], countdown=3).pk,
+        "job-rest": lambda: enqueue(rest, [3]).pk,
+        "job-long": lambda: enqueue(rest, [12]).pk,
     }
 elif has_results:
     from celery import chord

@@ -92,7 +92,7 @@ def wait(self, gate):
     note(self.request.id, "end")
 
 
-@shared_task(bind=True, ignore_result=True, default_retry_delay=1)
+@shared_task(bind=True, default_retry_delay=1)
 def nap(self, seconds, cancel=False):
     """Sleep, and ask for its own cancellation if told so."""
     note(self.request.id, "start", self.request.retries)
