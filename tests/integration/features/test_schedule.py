@@ -94,10 +94,6 @@ def stack(request, cookies_session, tmp_path_factory, database):
         yield stack
 
 
-def add_beat(stack, name):
-    return stack.make_beat(name).start()
-
-
 def calls(stack):
     """Return what the tasks were called with."""
     return [tuple(call) for kind, _, _, _, *call in stack.lines() if kind == "call"]
@@ -116,9 +112,9 @@ def test_each_task_of_the_schedule_starts_once(stack):
         stack.ask(ADMIN, **at)
     else:
         stack.project.append("config/settings.py", CODE.format(**at))
-    first = add_beat(stack, "first")
+    first = stack.make_beat("first").start()
     wait_for(lambda: set(INTERVALS) <= {name for name, *_ in calls(stack)})
-    second = add_beat(stack, "second")
+    second = stack.make_beat("second").start()
     wait_for(lambda: has_sent(first, CRONTABS) and has_sent(second, CRONTABS))
     wait_for(lambda: [name for name, *_ in calls(stack)].count("plain-crontab") == 2)
     wait_for(lambda: stack.ask("result = not Job.objects.filter(state__in=ACTIVE).exists()"))

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from harness.outputs import CHECKS, combinations, mails, outputs
+from harness.outputs import CHECKS, combinations, mails, one_for_each_broker, outputs
 from harness.project import started, wait_for
 from harness.stack import prepare_plain
 
@@ -13,19 +13,23 @@ pytestmark = pytest.mark.each_broker
 COMBINATIONS = [{**answers, "durable_jobs": "no"} for answers in combinations()]
 
 
-def each(*options, where=lambda answers: True):
-    """Return a mark: run the test with one combination for each choice of these options.
+def some(*options, where=lambda answers: True):
+    """Return one combination for each choice of these options.
 
     `where` says which combinations are in question. The choices of other options vary.
     """
     groups = {}
     for answers in filter(where, COMBINATIONS):
         groups.setdefault(tuple(answers[option] for option in options), []).append(answers)
-    chosen = [
+    return [
         group[(number + number // len(group)) % len(group)]
         for number, group in enumerate(groups.values())
     ]
-    return outputs(*chosen)
+
+
+def each(*options, **where):
+    """Return a mark: run the test with some() combinations."""
+    return outputs(*some(*options, **where))
 
 
 def has_results(answers):
@@ -36,28 +40,19 @@ def has_flower(answers):
     return answers["broker"] != "sqs"
 
 
-def has_example(answers):
-    return answers["include_example"] == "yes"
-
-
-def can_cancel(answers):
-    return has_results(answers) and has_flower(answers)
-
-
 everywhere = outputs(*COMBINATIONS)
 with_results = outputs(*filter(has_results, COMBINATIONS))
 # Of what a test needs, only these options matter to it.
 each_broker_and_pool = each("broker", "worker_pool")
-with_cancel = each("broker", "worker_pool", where=can_cancel)
+with_cancel = each("broker", "worker_pool", where=lambda a: has_results(a) and has_flower(a))
 with_flower = each("broker", "worker_pool", where=has_flower)
-each_broker_and_results = each("broker", "result_backend")
-with_example = each("broker", "result_backend", where=has_example)
+with_example = each("broker", "result_backend", where=lambda a: a["include_example"] == "yes")
 
 
-@each_broker_and_results
+@outputs(*some("broker", "result_backend"), *one_for_each_broker())  # these have durable jobs
 def test_it_passes_its_checks(project):
     """Those of `make check`, and production's, in one process."""
-    extra = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False"}
+    extra = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
     project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **extra)
 
 

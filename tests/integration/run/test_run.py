@@ -15,7 +15,6 @@ import pytest
 from harness.bake import CHOICES, baked
 from harness.browser import browser
 from harness.outputs import (
-    CHECKS,
     ORDER,
     default_output,
     every_pool,
@@ -26,7 +25,6 @@ from harness.outputs import (
     use,
 )
 from harness.project import (
-    Process,
     connects,
     env,
     fetch,
@@ -37,18 +35,16 @@ from harness.project import (
 )
 from harness.servers import BACKENDS
 
-EXTRA = {"FLOWER_BASIC_AUTH": "admin:password", "DEBUG": "False", "MEDIA_ROOT": "/srv/media"}
-
-
-@outputs(*one_for_each_broker())
-def test_it_passes_its_checks(project):
-    """Those of `make check` that test_bake.py cannot run, and production's, in one process."""
-    project.manage("shell", "-v0", "-c", CHECKS, **project.production(), **EXTRA)
-
 
 @other_tours
 def test_it_runs(broker, with_tasks, tmp_path):
     use(with_tasks, tmp_path, **broker)
+
+
+@pytest.fixture
+def sqlite(tmp_path):
+    """The variable of a new database."""
+    return {"DATABASE_URL": f"sqlite:///{tmp_path}/db.sqlite3"}
 
 
 @default_output
@@ -288,14 +284,8 @@ def test_make_run_starts_no_rabbitmq(project):
         project.call("make", "run", **variables)
 
 
-def typed(project, command, **options):
-    """Make the process of a command that somebody types in a terminal of the project."""
-    words = f".venv/bin/{command}".split()
-    return Process(words, project.parent / "typed.log", cwd=project, **options)
-
-
 @every_pool
-def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, request):
+def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, request, tmp_path):
     """Pool, concurrency, all queues. If idle, it ends before SOFT_SHUTDOWN_SECONDS have passed.
 
     The first one has the default concurrency of its pool.
@@ -307,14 +297,14 @@ def test_a_worker_typed_by_hand_uses_the_projects_settings(broker, project, requ
     settings = {"SOFT_SHUTDOWN_SECONDS": 3600}
     slots = {"prefork": os.cpu_count(), "threads": 20, "gevent": 100}[own]
     if own == "gevent":
-        refused = typed(project, command, variables=broker)
+        refused = project.process(command, tmp_path / "log", **broker)
         refused.launch()
         assert refused.wait() == 1
         assert "Type the option in full: --pool gevent" in refused.printed
     runs = [(signal.SIGINT, own), *((signal.SIGTERM, pool) for pool in commands)]
     for number, pool in runs:
-        options = {"says": " ready.", "variables": {**settings, **broker}}
-        with started(typed(project, commands[pool], **options)) as [worker]:
+        options = {"says": " ready.", **settings, **broker}
+        with started(project.process(commands[pool], tmp_path / "log", **options)) as [worker]:
             printed = worker.printed
             concurrency, kind = re.search(r"concurrency: (\d+) \((\w+)\)", printed).groups()
             assert int(concurrency) == slots and kind in pool
@@ -403,17 +393,17 @@ result = known_queues()
 
 
 @default_output
-def test_flower_typed_by_hand_uses_the_projects_settings(broker, project):
+def test_flower_typed_by_hand_uses_the_projects_settings(broker, project, tmp_path):
     [port] = free_ports(1)
+    typed = partial(project.process, "celery -A config flower", tmp_path / "log")
     variables = {**broker, "FLOWER_PORT": port}
-    command, answers = "celery -A config flower", partial(connects, port)
-    with started(typed(project, command, is_ready=answers, variables=variables)):
+    with started(typed(is_ready=partial(connects, port), **variables)):
         assert fetch(f"http://127.0.0.1:{port}/api/workers")[0] == 401
         with pytest.raises(ConnectionRefusedError):  # it listens on no other address
             socket.create_connection(("127.0.0.2", port))
 
     for users in "", "admin:change-me", "me:secret,admin:":
-        flower = typed(project, command, variables={**variables, "FLOWER_BASIC_AUTH": users})
+        flower = typed(**{**variables, "FLOWER_BASIC_AUTH": users})
         flower.launch()
         assert flower.wait() == 1
         assert "set FLOWER_BASIC_AUTH=user:password" in flower.printed
@@ -454,14 +444,12 @@ def test_changed_code_reaches_the_worker(with_tasks):
 
 
 @default_output
-def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
-    path = f"{project}/.venv/bin:{os.environ['PATH']}"
+def test_ctrl_c_keeps_a_broker_that_another_project_uses(project, tmp_path):
     with project.up() as site:
         ports = dict(zip(["PORT", "FLOWER_PORT"], free_ports(2), strict=True))
-        variables = {**site.environment, **ports, "PATH": path}
-        port = urlsplit(variables["CELERY_BROKER_URL"]).port
-        options = {"says": "Ctrl-C stops everything", "variables": variables}
-        with started(typed(project, "python dev.py", **options)) as [second]:
+        port = urlsplit(site.environment["CELERY_BROKER_URL"]).port
+        options = {"says": "Ctrl-C stops everything", **site.environment, **ports}
+        with started(project.process("python dev.py", tmp_path / "log", **options)) as [second]:
             assert f" on port {port}" not in second.printed
             second.stop(signal.SIGINT)
             assert "A process exited" not in second.printed
@@ -469,11 +457,21 @@ def test_ctrl_c_keeps_a_broker_that_another_project_uses(project):
 
 
 @outputs(first(broker="rabbitmq"))
-def test_its_own_tests_pass_beside_a_worker(broker, project):
-    with started(typed(project, "celery -A config worker", says=" ready.", variables=broker)):
+def test_its_own_tests_pass_beside_a_worker(broker, project, tmp_path):
+    worker = project.process("celery -A config worker", tmp_path / "log", says=" ready.", **broker)
+    with started(worker):
         assert re.search(r"= \d+ passed", project.call("make", "test", ARGS="-m live", **broker))
 
 
+# A client of the admin, in a new database
+ADMIN = """
+from django.core.management import call_command
+from django.test import Client
+from users.models import User
+call_command("migrate", verbosity=0)
+client = Client(HTTP_HOST="localhost")
+client.force_login(User.objects.create_superuser("admin"))
+"""
 S3 = """
 import boto3
 from django.core.files.base import ContentFile
@@ -484,22 +482,17 @@ print(*[default_storage.open(name).read().decode() for name in names])
 """
 UPLOAD_TWICE = """
 from django.core.files.uploadedfile import SimpleUploadedFile
-from django.core.management import call_command
-from django.test import Client
 from orders.models import Import
-from users.models import User
-call_command("migrate", verbosity=0)
-client = Client(HTTP_HOST="localhost", headers={"Idempotency-Key": "key"})
-client.force_login(User.objects.create_superuser("admin"))
+key = {"Idempotency-Key": "key"}
 for line in [b"Tea,1", b"Tea,1", b"Tea,2"]:
     file = SimpleUploadedFile("tea.csv", b"product,quantity" + (b"\\n" + line) * 500_000)
-    print(client.post("/api/imports/", {"file": file}).status_code)
+    print(client.post("/api/imports/", {"file": file}, headers=key).status_code)
 print(Import.objects.get().file.size)
 """
 
 
 @outputs(first(broker="sqs", result_backend="dynamodb"))  # with moto and the example
-def test_uploads_go_to_a_bucket(addresses, project, tmp_path):
+def test_uploads_go_to_a_bucket(addresses, project, sqlite, tmp_path):
     """With the package that docs/production.md names. Two uploads with one name are two files.
 
     A request with the same Idempotency-Key stores nothing, although the first one was read by S3.
@@ -509,37 +502,24 @@ def test_uploads_go_to_a_bucket(addresses, project, tmp_path):
     variables = {**addresses, "S3_BUCKET": "uploads", "PYTHONPATH": tmp_path}
     variables["AWS_DEFAULT_REGION"] = "us-east-1"  # there a bucket needs no region
     assert project.manage("shell", "-v0", "-c", S3, **variables).split()[-2:] == ["1", "2"]
-    variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
-    printed = project.manage("shell", "-v0", "-c", UPLOAD_TWICE, **variables).split()
+    printed = project.manage("shell", "-v0", "-c", ADMIN + UPLOAD_TWICE, **variables, **sqlite)
+    printed = printed.split()
     assert printed[-4:] == ["202", "202", "422", str(len("product,quantity") + 6 * 500_000)]
 
 
 NAME_ON_PAGES = """
-from django.core.management import call_command
-from django.test import Client
-from users.models import User
-call_command("migrate", verbosity=0)
-client = Client(HTTP_HOST="localhost")
-pages = [client.get("/login/")]
-client.force_login(User.objects.create_superuser("admin"))
-pages += [client.get(page) for page in ("/", "/admin/", "/api/schema/")]
-print(*(page.content.decode().count("My Project") > 0 for page in pages))
+pages = [client.get(page) for page in ("/", "/admin/", "/api/schema/")]
+client.logout()
+pages.append(client.get("/login/"))
+print(*(b"My Project" in page.content for page in pages))
 """
 
 
 @default_output
-def test_the_pages_show_the_name_of_the_project(project, tmp_path):
+def test_the_pages_show_the_name_of_the_project(project, sqlite):
     """project_name is on the login, the jobs, the admin, and in the document of the API docs."""
-    url = f"sqlite:///{tmp_path}/db.sqlite3"
-    shown = project.manage("shell", "-v0", "-c", NAME_ON_PAGES, DATABASE_URL=url).split()
-    assert shown == ["True"] * 4
-
-
-@outputs(first(broker="sqs"))
-def test_there_is_neither_flower_nor_remote_control(project):
-    assert "flower" not in project.read("Procfile.dev")
-    with pytest.raises(AssertionError, match="pidbox.* must be defined in 'predefined_queues'"):
-        project.call(".venv/bin/celery", "-A", "config", "inspect", "ping")
+    shown = project.manage("shell", "-v0", "-c", ADMIN + NAME_ON_PAGES, **sqlite)
+    assert shown.split() == ["True"] * 4
 
 
 # The results of plain tasks
@@ -575,10 +555,8 @@ backend.store_result("stored", 5, "SUCCESS")
 SCHEDULED = """
 import tempfile
 from celery.beat import Service
-from django.core.management import call_command
 from config.celery import app
 
-call_command("migrate", verbosity=0)
 kind = app.conf.beat_scheduler
 scheduler = Service(app, None, tempfile.mktemp(), scheduler_cls=kind).scheduler
 
@@ -592,17 +570,13 @@ def scheduled(name):
 """
 CLEANUP = """
 from datetime import timedelta
-from django.test import Client
 from django.utils import timezone
 from django_celery_results.models import TaskResult
-from users.models import User
 
 for pk, hours in [("young", 23), ("old", 25)]:
     app.backend.store_result(pk, 5, "SUCCESS")
     done = timezone.now() - timedelta(hours=hours)
     TaskResult.objects.filter(task_id=pk).update(date_done=done)
-client = Client(HTTP_HOST="localhost")
-client.force_login(User.objects.create_superuser("admin"))
 
 
 def shown():
@@ -617,10 +591,9 @@ print(*before, *shown())
 
 
 @outputs(first(result_backend="database"))
-def test_the_admin_shows_a_result_for_a_day(project, tmp_path):
-    url = f"sqlite:///{tmp_path}/db.sqlite3"
-    shown = project.manage("shell", "-v0", "-c", SCHEDULED + CLEANUP, DATABASE_URL=url).split()
-    assert shown == ["young", "old", "young"]
+def test_the_admin_shows_a_result_for_a_day(project, sqlite):
+    shown = project.manage("shell", "-v0", "-c", ADMIN + SCHEDULED + CLEANUP, **sqlite)
+    assert shown.split() == ["young", "old", "young"]
 
 
 # The example
@@ -633,11 +606,10 @@ print(entry.schedule.hour, entry.task, entry.task in app.tasks)
 
 
 @outputs(*(first(periodic_tasks=choice) for choice in CHOICES["periodic_tasks"]))
-def test_beat_starts_the_daily_report(project, tmp_path):
+def test_beat_starts_the_daily_report(project, sqlite):
     """Every morning, whether the schedule is in the settings or was stored by a migration."""
-    url = f"sqlite:///{tmp_path}/db.sqlite3"
-    printed = project.manage("shell", "-v0", "-c", SCHEDULED + DAILY, DATABASE_URL=url).split()
-    assert printed == ["{6}", "orders.tasks.send_daily_report", "True"]
+    printed = project.manage("shell", "-v0", "-c", ADMIN + SCHEDULED + DAILY, **sqlite)
+    assert printed.split() == ["{6}", "orders.tasks.send_daily_report", "True"]
 
 
 # Two projects
