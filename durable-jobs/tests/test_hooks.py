@@ -13,6 +13,7 @@ from celery.fixups.django import DjangoWorkerFixup
 from celery_steady.django import check_connections
 from django.db import connection
 from django.db.backends.base.base import BaseDatabaseWrapper
+from django.db.models import F
 from helpers import claim_and_lapse, deliver, receive
 
 from durable_jobs import publish
@@ -132,7 +133,7 @@ def test_a_dead_worker_says_that_its_job_is_retried_and_at_last_that_it_failed(p
 def test_a_job_over_its_time_limit_says_that_it_failed(published):
     job = work.enqueue()
     claim_and_lapse(job, limit=0)
-    Job.objects.update(sweep_at=Job.objects.get().started_at)  # see lease_end()
+    Job.objects.update(sweep_at=F("started_at"))  # see lease_end()
     recover(Job.objects.all())
     assert of(job) == ["on_failure(TimeLimitExceeded)", "failure"]
 
