@@ -369,7 +369,10 @@ def table(cells):
         cells,
         key=lambda each: (order.index(each["service"]), label(each), order.index(each["fault"])),
     ):
-        effects[label(cell), FAULTS[cell["fault"]]].update(what_happens(cell))
+        word = FAULTS[cell["fault"]]
+        if label(cell).startswith(("SQS", "DynamoDB")) and word == "restarted":
+            word = "unreachable"
+        effects[label(cell), word].update(what_happens(cell))
     rows = defaultdict(list)
     for (service, fault), what in effects.items():
         rows[service, "; ".join(sorted(what)) or "nothing"].append(fault)
@@ -394,6 +397,6 @@ def what_happens(found):
     if found["orders that the hourly task found"]:
         yield "the hourly task finds orders"
     if found["refused"]:
-        yield "requests get 503"
+        yield "requests fail" if found["service"] == "database" else "requests get 503"
     for process in found["exited"]:
         yield f"{process} exits and is restarted"
