@@ -26,7 +26,8 @@ RUNS_AGAIN = {
     ("broker", "read_only", "rabbitmq"),
 }
 # Where a task may arrive, but no answer, so it is sent again. A task that ran already runs once.
-SENT_AGAIN = {("broker", "stall"), ("broker", "cut"), ("broker", "forget")}
+# Redis, too, stores tasks that it doesn't answer any more, in each of 15 orderly ends.
+SENT_AGAIN = {("broker", fault) for fault in ("stall", "cut", "forget", "restart", "kill")}
 # Where an order is stored, and its task may be missing: the hourly task finds it.
 FORGETS_ORDERS = "broker", "web", "database"
 # A worker must renew the messages of tasks that run longer than the visibility timeout, also then.
