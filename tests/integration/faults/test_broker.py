@@ -26,7 +26,7 @@ from harness.stack import RESEND
 
 
 def check_tries(stack, start):
-    """A web process pauses for ten seconds after a failure. Until then, each thread may try once."""
+    """After a failure, a web process pauses for ten seconds. Each thread may be trying by then."""
     tries = stack.web.printed.count("Could not publish")
     assert 0 < tries <= 16 * (1 + (time.monotonic() - start) // 10), stack.web.printed
 
