@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 
 import pytest
 import yaml
@@ -92,6 +93,20 @@ def test_each_service_is_healthy_and_has_few_rights(stack):
 def test_all_processes_count_requests_together(stack):
     stack.request("/api/orders/")
     assert "throttle" in stack.exec("redis", "redis-cli", "-n", "2", "keys", "*")
+
+
+@on_one
+def test_each_thread_of_the_web_server_can_receive_the_largest_request(stack, tmp_path):
+    """All at once: they are in /tmp, which counts as memory."""
+    page, jar, file = f"{stack.web}/login/", tmp_path / "jar", tmp_path / "file"
+    file.write_bytes(bytes(24_000_000))
+    curl = ["curl", "--silent", "--output", os.devnull]
+    subprocess.check_call([*curl, "--cookie-jar", jar, page])
+    curl += ["--cookie", jar, "--limit-rate", "4M", "--write-out", "%{http_code}"]
+    command = [*curl, "--form", f"file=@{file}", page]
+    uploads = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(16)]
+    # Django reads the request in search of a CSRF token.
+    assert {upload.communicate()[0] for upload in uploads} == {"403"}
 
 
 @on_one
