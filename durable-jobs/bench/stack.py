@@ -140,6 +140,7 @@ class Output(Contestant):
         project.append("config/urls.py", urls)
         limits = '\nDURABLE_JOBS["LIMITS"] = {"five": "5", "one": "1", "rated": "60/min"}\n'
         project.append("config/settings.py", limits)
+        self.call("python", "manage.py", "collectstatic", "--noinput", "-v0")  # for the admin
         self.create_database()
 
     def shell(self, code):
