@@ -86,7 +86,6 @@ def test_the_quick_start_of_durable_jobs_installs_all_that_it_needs(tmp_path):
 
 
 def test_pages_quote_what_was_measured(monkeypatch):
-    """The last two of these have no such file before their measurement runs again."""
     monkeypatch.syspath_prepend(LIBRARY / "bench")
     paths = STEADY / "bench/scorecard.py", STEADY / "bench/speed.py", LIBRARY / "bench/run.py"
     scorecard, speed, bench = map(runpy.run_path, map(str, paths))
@@ -97,11 +96,8 @@ def test_pages_quote_what_was_measured(monkeypatch):
         services.PAGE: services.quoted,
     }
     for page, write in written.items():
-        stored = page.with_suffix(".json")
-        if page in (bench["PAGE"], services.PAGE) and not stored.exists():
-            continue
-        text = page.read_text("utf-8")
-        assert write(text, json.loads(stored.read_text("utf-8"))) == text
+        text, stored = page.read_text("utf-8"), page.with_suffix(".json").read_text("utf-8")
+        assert write(text, json.loads(stored)) == text
 
 
 def page_of(module, rows):
