@@ -369,10 +369,10 @@ def table(cells):
         cells,
         key=lambda each: (order.index(each["service"]), label(each), order.index(each["fault"])),
     ):
-        word = FAULTS[cell["fault"]]
-        if label(cell).startswith(("SQS", "DynamoDB")) and word == "restarted":
-            word = "unreachable"
-        effects[label(cell), word].update(what_happens(cell))
+        service, fault = label(cell), FAULTS[cell["fault"]]
+        if service.startswith(("SQS", "DynamoDB")) and fault == "restarted":
+            fault = "unreachable"  # see AWSService
+        effects[service, fault].update(what_happens(cell))
     rows = defaultdict(list)
     for (service, fault), what in effects.items():
         rows[service, "; ".join(sorted(what)) or "nothing"].append(fault)
