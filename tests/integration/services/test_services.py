@@ -27,7 +27,7 @@ RUNS_AGAIN = {
 }
 # Where a task may arrive, but no answer, so it is sent again. A task that ran already runs once.
 SENT_AGAIN = {
-    *(("broker", fault, name) for fault in ("stall", "cut", "forget") for name in CHOICES["broker"]),
+    *(("broker", each, name) for each in ("stall", "cut", "forget") for name in CHOICES["broker"]),
     # An orderly end of Redis has stored tasks that it never answers: 15 of 15 did.
     ("broker", "restart", "redis"),
 }
