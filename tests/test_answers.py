@@ -190,7 +190,7 @@ def assert_holds(project, text):
     assert about["description"] == text
     assert about["authors"][0]["name"] == text
 
-    settings = ast.parse((project / "config/settings.py").read_text("utf-8"))
+    settings = ast.parse((project / "config/rest.py").read_text("utf-8"))
     dicts = [node for node in ast.walk(settings) if isinstance(node, ast.Dict)]
     pairs = [pair for node in dicts for pair in zip(node.keys, node.values, strict=True)]
     [title] = [value.value for key, value in pairs if key and ast.unparse(key) == "'TITLE'"]
@@ -227,7 +227,7 @@ def test_a_hostile_name_reaches_the_output_unchanged(bake, name):
 @pytest.mark.parametrize("character", ["x", "x ", "'", '"', "\\", "名", "e\u0301", "👩‍👩‍👧‍👦"])
 def test_settings_are_formatted_however_long_the_name(bake, character):
     project = bake()
-    settings = (project / "config/settings.py").read_text("utf-8")
+    settings = (project / "config/rest.py").read_text("utf-8")
     default = macros().python(ANSWERS["project_name"])
     assert default in settings
 

@@ -9,7 +9,8 @@ from harness.bake import LIBRARY, STEADY
 from harness.libraries import run_tests
 
 # Those with workers that are killed, and with each server: integration/versions/
-SLOW = "test_conformance.py", "test_poisons.py", "test_worker.py"
+NAMES = "conformance", "malformed", "poisons", "strangers", "unknown", "worker"
+SLOW = [f"test_{name}.py" for name in NAMES]
 # A test in one transaction queries in its own thread (see `one_connection` in the library's
 # conftest.py), so it says nothing about greenlets.
 OTHER_THREADS = "not django_db or django_db(transaction=True)"

@@ -61,7 +61,7 @@ def main():
 
 
 def watch(*command):
-    """Run a command, and again when the code changes or it has ended, which watchfiles ignores."""
+    """Run a command again when the code changes, or when it has ended: watchfiles ignores that."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that `finally` stops the process
     while True:
         code, began = read_code(), time.monotonic()

@@ -1,4 +1,4 @@
-"""Prints what celery-steady changes in Celery, kombu and billiard: python changes.py redis://…
+"""Prints what celery-steady changes in Celery, kombu, billiard and the clients of brokers: python changes.py redis://…
 
 test_isolation.py runs it.
 """
@@ -10,12 +10,10 @@ from importlib import import_module
 from types import ModuleType
 from unittest import SkipTest
 
-import billiard
 import celery
-import kombu
 from workers import in_thread
 
-PACKAGES = "celery", "kombu", "billiard"
+PACKAGES = "celery", "kombu", "billiard", "boto3", "botocore", "redis"
 POOLS = "solo", "threads"
 # What a worker of Celery's changes: caches, and the state of the process.
 OWN = {
@@ -35,7 +33,7 @@ OWN = {
 
 def import_all():
     """Import each module that has what it needs here, so that none is new later."""
-    for package in celery, kombu, billiard:
+    for package in map(import_module, PACKAGES):
         for module in pkgutil.walk_packages(
             package.__path__, f"{package.__name__}.", lambda _: None
         ):
@@ -109,13 +107,22 @@ def main(url):
     before = look()
     OWNERS.update(owners())
 
+    import celery_steady
+    from celery_steady import defaults
+
     consumer = "celery_steady.consumer:Consumer"
-    for module in "beat", "events", "patience", "rabbitmq", "redis", "results", "sqs", "versions":
+    for module in "app", "beat", "events", "rabbitmq", "redis", "results", "sqs", "versions":
         import_module(f"celery_steady.{module}")
     transport = {"broker_transport": "celery_steady.redis:Transport"}
     for pool in POOLS:
         assert run(pool, "memory://", "cache+memory://", worker_consumer=consumer) == consumer
         assert run(pool, url, url, worker_consumer=consumer, **transport) == consumer
+
+    front = celery_steady.Celery(
+        "app", broker="sqs://", backend="dynamodb://", set_as_current=False
+    )
+    defaults.for_worker(front, None)
+    front.connection_for_write()
 
     after = look()
     for name in sorted(before.keys() | after.keys()):

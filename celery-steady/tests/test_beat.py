@@ -3,8 +3,8 @@
 import shelve
 
 import pytest
-from celery import Celery
 
+from celery_steady import Celery
 from celery_steady.beat import Scheduler
 
 
@@ -12,8 +12,6 @@ from celery_steady.beat import Scheduler
 def app():
     app = Celery(broker="memory://", set_as_current=False)
     app.conf.beat_schedule = {"each hour": {"task": "task", "schedule": 3600}}
-    app.conf.beat_scheduler = "celery_steady.beat:Scheduler"
-    app.conf.broker_connection_max_retries = 1
     return app
 
 
@@ -56,6 +54,15 @@ def test_beat_starts_over_if_its_file_cannot_be_read(app, file, pickled):
         opened.dict[b"entries"] = pickled
     assert "each hour" in open_schedule(app, file)
     assert "each hour" in open_schedule(app, file)
+
+
+def test_an_error_of_a_setting_keeps_the_file(app, file):
+    open_schedule(app, file)
+    before = [each.read_bytes() for each in file.parent.iterdir()]
+    app.conf.beat_schedule["new"] = {"task": "task", "schedulee": 3600}
+    with pytest.raises(TypeError):
+        Scheduler(app, schedule_filename=str(file))
+    assert [each.read_bytes() for each in file.parent.iterdir()] == before
 
 
 def test_beat_starts_over_if_its_file_is_no_database(app, file):

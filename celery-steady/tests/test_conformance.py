@@ -52,6 +52,7 @@ def open(broker, name):
             channel = connection.default_channel
             queue = Queue(queue_name, durable=True)(channel)
             queue.declare()
+            channel.renews = True  # as a worker's
             yield Client(connection, channel, queue)
 
     return open
@@ -71,8 +72,9 @@ class Client:
 
     def look(self):
         """Return a message that is in the queue now, or None."""
-        if qos := getattr(self.channel, "qos", None):
-            qos.restore_visible(interval=1)
+        if hasattr(self.channel, "restore_lapsed"):
+            self.channel.renew([])
+            self.channel.restore_lapsed()
         return self.queue.get()
 
 
@@ -142,9 +144,9 @@ def test_a_renewed_message_does_not_come_again(open, name, broker):
         client.send("sent")
         message = client.receive()
         if name == "redis":
-            broker.client.zadd("unacked_index", {message.delivery_tag: 1})
+            broker.client.zadd("unacked_leases", {message.delivery_tag: 1})
         client.channel.visibility_timeout = HOUR
-        client.channel.renew()
+        client.channel.renew([message])
         if name == "sqs":
             time.sleep(2.5)  # moto has no other clock
         with open() as other:
@@ -157,13 +159,10 @@ def test_a_renewal_does_not_bring_back_an_acknowledged_message(open, name, broke
     with open(visibility_timeout=1) as client:
         client.send("sent")
         message = client.receive()
-        delivered = dict(client.channel.qos._delivered)
         message.ack()
-        client.channel.qos._delivered.update(delivered)  # as if another thread had just done it
-        client.channel.renew()
-        client.channel.qos._delivered.clear()
+        client.channel.renew([message])  # as if another thread had just acknowledged it
         if name == "redis":
-            assert not broker.client.zcard("unacked_index")
+            assert not broker.client.exists("unacked_index", "unacked_leases")
         with open() as other:
             assert other.look() is None
 

@@ -1,9 +1,13 @@
 """What a Django project gets: database connections that work, and results and schedules in its database."""
 
+import asyncio
+import threading
+import uuid
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from celery import Celery, states
+from celery import Celery, Task, states
 from servers import LIMIT
 from workers import sum_of_chord
 
@@ -42,7 +46,7 @@ def test_a_worker_replaces_the_backend(app):
     from celery_steady import results
     from celery_steady.django_celery_results import DatabaseBackend
 
-    results.replace(app)
+    results.prepare(app, None)
     assert type(app.backend) is DatabaseBackend
 
 
@@ -82,6 +86,39 @@ def test_the_state_retry_does_not_replace_a_result(app):
         backend.store_result(f"id-{state}", None, state)
         backend.store_result(f"id-{state}", None, "RETRY")
         assert backend.get_state(f"id-{state}") == state
+
+
+@pytest.mark.parametrize("before", [None, "STARTED"])
+def test_a_result_that_is_stored_meanwhile_stays(app, before):
+    """The state RETRY was looked up, and is not stored yet: the result waits, and replaces it."""
+    from django.db import connections
+
+    from celery_steady.django_celery_results import DatabaseBackend
+
+    backend, id = DatabaseBackend(app), str(uuid.uuid4())
+    if before:
+        backend.store_result(id, None, before)
+    started, threads = threading.Event(), []
+
+    def store():
+        started.set()
+        backend.store_result(id, 5, "SUCCESS")
+        connections.close_all()
+
+    def look(execute, sql, *args):
+        found = execute(sql, *args)
+        if '"status" IN' in sql:
+            threads.append(threading.Thread(target=store))
+            threads[0].start()
+            started.wait()
+            threads[0].join(0.5)  # long enough for a result that doesn't wait
+            assert threads[0].is_alive()
+        return found
+
+    with connections["default"].execute_wrapper(look):
+        backend.store_result(id, None, "RETRY")
+    threads[0].join()
+    assert backend.get_state(id) == "SUCCESS"
 
 
 @pytest.mark.parametrize("ignored", [False, True])
@@ -128,7 +165,7 @@ def test_a_connection_in_a_transaction_is_kept(database):
         database.errors_occurred = False
 
 
-@pytest.mark.parametrize(("seconds", "lengthened"), [(1, 30), (100, 100), (None, None)])
+@pytest.mark.parametrize(("seconds", "lengthened"), [(1, 30), ("1", 30), (100, 100), (None, None)])
 def test_a_worker_waits_longer_to_connect_to_its_database(
     database, prepare_worker, seconds, lengthened
 ):
@@ -143,6 +180,8 @@ def test_only_a_project_of_django_is_prepared(monkeypatch):
 
     monkeypatch.delenv("DJANGO_SETTINGS_MODULE", raising=False)
     assert not is_used()
+    monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "")
+    assert not is_used()
     monkeypatch.setenv("DJANGO_SETTINGS_MODULE", "settings")
     assert is_used()
 
@@ -154,7 +193,6 @@ def test_beat_reads_the_schedules_of_the_database(app):
 
     hourly = IntervalSchedule.objects.create(every=1, period="hours")
     PeriodicTask.objects.create(name="each hour", task="task", interval=hourly)
-    app.conf.broker_connection_max_retries = 1
     scheduler = DatabaseScheduler(app, lazy=True)
     assert "each hour" in scheduler.schedule
     assert app.conf.broker_connection_max_retries is None
@@ -200,6 +238,29 @@ def test_a_task_whose_queue_does_not_exist_is_found(tasks):
     assert found("check_queues") == [("celery_steady.E001", "The")]
 
 
+async def coroutine():
+    """The function of a task that a class of the project may run."""
+
+
+def generator():
+    yield
+
+
+def test_a_task_that_would_not_run_is_found(tasks):
+    """It's no error, as others may run it: a class of tasks here, or a pool."""
+
+    class Runs(Task):
+        def __call__(self, *args, **kwargs):
+            return asyncio.run(self.run(*args, **kwargs))
+
+    assert found("check_functions") == []
+    tasks.task(name="runs", base=Runs)(coroutine)
+    assert found("check_functions") == []
+    for function in coroutine, generator:
+        tasks.task(name=f"no {function.__name__}")(function)
+    assert [id for id, _ in found("check_functions")] == ["celery_steady.W008"] * 2
+
+
 def test_a_task_with_only_one_time_limit_of_its_own_is_found(tasks):
     tasks.task(name="long", time_limit=800)(nothing)
     assert found("check_time_limits") == []  # there is no soft one to keep
@@ -218,8 +279,9 @@ def test_a_task_that_rabbitmq_delivers_twice_is_found(tasks):
     assert found("check_consumer_timeout") == [("celery_steady.W003", "slow")]
     with override_settings(RABBITMQ_CONSUMER_TIMEOUT=1801):
         assert found("check_consumer_timeout") == []
-    tasks.conf.broker_url = "redis://"
-    assert found("check_consumer_timeout") == []
+    for url, count in (["librabbitmq://a", "amqp://b"], 1), ("redis://", 0):
+        tasks.conf.broker_url = url
+        assert len(found("check_consumer_timeout")) == count
 
 
 @pytest.mark.parametrize("query", ["", "?ssl_cert_reqs=none", "?ssl_cert_reqs=CERT_NONE"])
@@ -230,7 +292,7 @@ def test_tls_without_verification_of_certificates_is_found(tasks, query):
     assert found("check_redis") == [("celery_steady.W006", "The")]
 
 
-@pytest.mark.parametrize("scheme", ["redis", "sentinel"])
+@pytest.mark.parametrize("scheme", ["redis", "sentinel", "valkey"])
 def test_a_redis_database_with_two_uses_is_found(tasks, scheme):
     from django.test import override_settings
 
@@ -240,5 +302,6 @@ def test_a_redis_database_with_two_uses_is_found(tasks, scheme):
         with override_settings(CACHES={"default": {"LOCATION": url}}):
             return found("check_redis")
 
-    assert with_cache("redis://host:1/10") == []
+    for other in "redis://host:1/10", Path("cache"), None, ["memcached:1"]:
+        assert with_cache(other) == []
     assert with_cache("redis://:secret@host:1/1") == [("celery_steady.W007", "CELERY_BROKER_URL")]

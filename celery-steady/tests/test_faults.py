@@ -37,7 +37,16 @@ from redis.exceptions import ResponseError
 
 from celery_steady import beat as steady_beat
 from celery_steady import consumer as steady_consumer
-from celery_steady import dynamodb, messages, rabbitmq, renewal, shutdown, sqs, tasks
+from celery_steady import (
+    dynamodb,
+    messages,
+    rabbitmq,
+    rabbitmq_steps,
+    renewal,
+    shutdown,
+    sqs,
+    tasks,
+)
 from celery_steady import redis as steady_redis
 
 QUORUM = Queue(
@@ -63,7 +72,7 @@ def make(kind, **attributes):
 
 def an_acknowledgement_that_fails_is_not_repeated(kind, redis):
     channel = Mock(basic_ack=Mock(side_effect=[ResponseError, None]), errors=(ResponseError,))
-    channel.configure_mock(closed=False, unacknowledged=set(), visibility_timeout=9)
+    channel.configure_mock(closed=False, unacknowledged=set(), qos=Mock(_delivered={}), pause=9)
     message = kind({"body": "", "properties": {"delivery_tag": "tag"}}, channel)
     message.ack_log_error(Mock(), (ResponseError,))
     step = renewal.KeepMessages(Mock())
@@ -83,7 +92,7 @@ def redis_redelivers_what_its_own_worker_has(transport, redis):
         message = queue.get()
         redis.client.zadd("unacked_index", {message.delivery_tag: 1})
         step = renewal.KeepMessages(Mock(timer=Mock()))
-        step.start(Mock(task_consumer=Mock(channel=channel)))
+        step.start(Mock(task_consumer=Mock(channel=channel), pool=None))
         channel.qos.restore_visible(interval=1)
         return redis.client.llen("queue") == 1
 
@@ -195,7 +204,7 @@ def a_lost_connection_is_replaced_by_one_that_consumes_nothing(is_cured, redis):
         Consumer(connection.default_channel, [Queue("queue")], on_message=print).consume()
         timer = Mock(call_repeatedly=lambda seconds, check: checks.append(check) or Mock())
         if is_cured:
-            step = rabbitmq.NoticeLostConnection(Mock())
+            step = rabbitmq_steps.NoticeLostConnection(Mock())
 
         def loop():
             if is_cured:
@@ -270,9 +279,8 @@ def an_error_of_one_step_ends_the_shutdown(kind, redis):
 
 def a_soft_shutdown_takes_its_whole_time(is_cured, redis):
     """No task runs any more, but the worker goes on waiting."""
-    conf = SimpleNamespace(
-        worker_soft_shutdown_timeout=20, worker_enable_soft_shutdown_on_idle=False
-    )
+    conf = Celery(set_as_current=False).conf
+    conf.worker_soft_shutdown_timeout = 20
     controller = Mock(app=Mock(conf=conf))
     if is_cured:
         step = shutdown.SoftStop(Mock())
@@ -355,13 +363,13 @@ FAULTS = {  # {reproduction: (Celery's or kombu's part, ours)}
     a_poll_of_sqs_waits_forever: (AsyncHTTPSConnection, sqs.Connection),
     a_poll_of_sqs_that_fails_is_the_last: (SQS.Channel, sqs.Channel),
     sqs_gets_a_message_back_after_a_poll: (SQS.Channel, sqs.Channel),
-    no_queue_is_declared_before_it_is_bound: (DelayedDelivery, rabbitmq.DelayedDelivery),
+    no_queue_is_declared_before_it_is_bound: (DelayedDelivery, rabbitmq_steps.DelayedDelivery),
     a_lost_connection_is_replaced_by_one_that_consumes_nothing: (False, True),
     a_countdown_under_a_second_is_refused_for_quorum_queues: (Celery, rabbitmq.Celery),
     a_result_is_not_stored_after_an_error_of_dynamodb: (DynamoDBBackend, dynamodb.DynamoDBBackend),
     a_chord_does_not_get_an_ignored_result: (DynamoDBBackend, dynamodb.DynamoDBBackend),
     the_state_retry_replaces_a_result: (RedisBackend, steady_redis.RedisBackend),
-    greenlets_get_no_result_after_an_error: (geventDrainer, steady_redis.Drainer),
+    greenlets_get_no_result_after_an_error: (geventDrainer, steady_redis.results.Drainer),
     a_task_that_a_child_has_just_got_is_forgotten: CONSUMERS,
     an_error_of_one_step_ends_the_shutdown: CONSUMERS,
     a_soft_shutdown_takes_its_whole_time: (False, True),

@@ -93,3 +93,24 @@ def test_a_process_of_redis_imports_no_client_of_aws():
         "import sys, celery_steady.consumer, celery_steady.redis; assert 'boto3' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=ENV)
+
+
+def test_an_app_imports_no_worker():
+    """Some pools, such as celery-aio-pool's, replace functions that a worker's module imports after them."""
+    code = """
+import sys
+from celery_steady import Celery, tasks
+app = Celery(broker="redis://", backend="redis://")
+app.connection_for_write().transport, app.backend
+assert "celery.worker.consumer" not in sys.modules"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENV)
+
+
+def test_a_type_checker_sees_the_class_that_it_knows():
+    code = """
+import typing
+from celery import Celery
+typing.TYPE_CHECKING = True
+import celery_steady
+assert vars(celery_steady)["Celery"] is Celery"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENV)

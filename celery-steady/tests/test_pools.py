@@ -21,6 +21,19 @@ def test_a_worker_without_a_child_that_has_started_shows_no_life(start, steady, 
     until(file.exists, "the file is touched")
 
 
+def test_a_worker_without_an_event_loop_shows_life(start, steady, tmp_path):
+    folders = dict.fromkeys(["data_folder_in", "data_folder_out", "control_folder"], str(tmp_path))
+    own = {
+        "broker_url": "filesystem://",
+        "broker_transport_options": folders,
+        "broker_transport": None,
+    }
+    options = ["--heartbeat-interval", "1"]
+    file = tmp_path / "alive"
+    start({**steady, **own}, options=options, LIVENESS_FILE=str(file))
+    until(file.exists, "the file is touched")
+
+
 def test_a_worker_says_once_that_its_imports_exceed_the_memory_limit(start, steady):
     name = "worker_max_memory_per_child"
     for kilobytes, lines in (1, 1), (10**9, 0):

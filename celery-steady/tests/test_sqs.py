@@ -4,13 +4,16 @@ Anybody may have sent a message there, such as SNS, or a person in the console.
 """
 
 import time
+import uuid
 from datetime import UTC, datetime, timedelta
+from inspect import signature
 from unittest.mock import Mock
 
 import pytest
+from kombu import Exchange, Queue
 from kombu.transport import SQS
 
-from celery_steady import sqs, versions
+from celery_steady import Celery, sqs, versions
 
 pytestmark = pytest.mark.skipif(not versions.fits("Amazon SQS"), reason="kombu has another client")
 
@@ -21,6 +24,7 @@ HOUR = 3600
 def channel():
     channel = object.__new__(sqs.Channel)
     channel.sqs = Mock()
+    channel.predefined_queues = {}
     channel.connection = Mock(_noack_queues=set())
     return channel
 
@@ -62,4 +66,49 @@ def test_a_message_that_is_no_tasks_keeps_its_queue(channel, body):
     properties = channel._message_to_python(message, "queue", "url")["properties"]
     assert properties["delivery_tag"] == "tag"
     channel._change_visibility(properties, 0)
-    channel.sqs.assert_called_once_with("queue")
+    [call] = channel.sqs.return_value.change_message_visibility.call_args_list
+    assert call.kwargs["QueueUrl"] == "url"
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "predefined", "routing_key"),
+    [
+        ("plain", "", False, None),
+        ("with.dots", "", True, None),
+        ("with.dots.fifo", "prefix.", True, None),
+        ("plain", "prefix.", False, None),
+        ("plain", "", True, "another.key"),
+    ],
+)
+def test_a_message_of_any_queue_is_renewed_delayed_and_given_back(
+    name, prefix, predefined, routing_key, request
+):
+    sqs = request.getfixturevalue("sqs")
+    name = f"{uuid.uuid4()}-{name}"
+    app = Celery(broker=sqs.url, set_as_current=False)
+    options = {**sqs.transport_options, "visibility_timeout": HOUR, "queue_name_prefix": prefix}
+    exchange = Exchange("exchange" if routing_key else "", durable=True)
+    queue = Queue(name, exchange, routing_key or name)
+
+    def connect(**own):
+        return app.connection_for_write(transport_options={**options, **own})
+
+    if predefined:  # kombu makes the queue first
+        with connect() as connection, connection.channel() as channel:
+            url = queue(channel).declare() and channel._resolve_queue_url(name)
+            options["predefined_queues"] = {channel.canonical_queue_name(name): {"url": url}}
+    with connect() as connection, connection.channel() as channel:
+        properties = {"MessageGroupId": "1", "MessageDeduplicationId": str(uuid.uuid4())}
+        fifo = properties if name.endswith(".fifo") else {}
+        producer = connection.Producer(channel)
+        producer.publish(
+            "text", exchange=exchange, routing_key=queue.routing_key, declare=[queue], **fifo
+        )
+        message = queue(channel).get()
+        for _ in range(2):
+            channel.renew(*[[message]] * (len(signature(channel.renew).parameters)))
+        url = message.delivery_info["sqs_queue"]
+        assert channel.delay(name, {"properties": message.properties}, time.time() + 100)
+        channel._restore(message)  # it is visible again
+        again = queue(channel).get()
+        assert again.body == message.body and again.delivery_info["sqs_queue"] == url

@@ -1,6 +1,5 @@
 """Real workers on Redis: what the README promises, for each pool."""
 
-import json
 import signal
 import subprocess
 import time
@@ -15,11 +14,17 @@ def test_a_task_runs_with_the_classes_of_the_package(pool, start, steady, send, 
     worker = start(steady, pool=pool)
     assert worker.parts == {
         "consumer": "celery_steady.consumer:Consumer",
-        "transport": "celery_steady.redis:Transport",
-        "backend": "celery_steady.redis:RedisBackend",
+        "transport": "celery_steady.redis.transport:Transport",
+        "backend": "celery_steady.redis.results:RedisBackend",
     }
     assert send("add", 2, 3).get() == 5
     settled()
+
+
+def test_a_backend_that_was_used_as_the_app_was_imported_is_replaced(pool, start, steady, send):
+    worker = start(steady, pool=pool, BACKEND_USED="1")
+    assert send("backend").get() == worker.parts["backend"]
+    assert worker.parts["backend"].startswith("celery_steady.")
 
 
 def test_a_task_longer_than_the_visibility_timeout_starts_once(
@@ -43,6 +48,26 @@ def test_a_task_longer_than_the_visibility_timeout_starts_once(
     assert "long" not in calls.names()
 
 
+def test_a_task_that_blocks_the_event_loop_starts_once(
+    pool, start, steady, send, calls, redis, tmp_path
+):
+    """gevent: no timer of the worker runs meanwhile, so a thread renews."""
+    start(steady, pool=pool)
+    result = send("block", "long")
+    calls.next("long")
+    [(tag, delivered)] = redis.client.zrange("unacked_leases", 0, -1, withscores=True)
+    timeout = steady["broker_transport_options"]["visibility_timeout"]
+    start(steady, pool=pool)
+
+    def is_renewed():
+        return (redis.client.zscore("unacked_leases", tag) or 0) > delivered + 2 * timeout
+
+    until(is_renewed, "the message is renewed")
+    (tmp_path / "unblock").touch()
+    assert result.get() == "long"
+    assert "long" not in calls.names()
+
+
 def test_another_worker_runs_the_tasks_of_a_killed_one(pool, start, steady, send, calls, settled):
     worker = start(steady, pool=pool)
     results = [send("ask", name) for name in ("one", "two")]
@@ -57,7 +82,10 @@ def test_another_worker_runs_the_tasks_of_a_killed_one(pool, start, steady, send
 
 
 def test_sigterm_ends_the_worker_when_its_tasks_have_ended(pool, start, steady, send, calls, redis):
-    worker = start({**steady, "worker_soft_shutdown_timeout": 100 * LIMIT}, pool=pool)
+    conf = {**steady, "worker_soft_shutdown_timeout": 100 * LIMIT}
+    # Its timer asks the pool for its processes, also when the pool has stopped.
+    options = ["--autoscale", "2,1"] if pool == "prefork" else []
+    worker = start(conf, pool=pool, options=options, AUTOSCALE_KEEPALIVE="0.1")
     result = send("ask", "running")
     task = calls.next("running")
     worker.stop(signal.SIGTERM)
@@ -96,6 +124,24 @@ def test_without_a_timeout_sigterm_waits_as_celery_does(pool, start, steady, sen
     assert worker.wait() == 0
     assert result.get() == "running"
     assert not redis.client.llen("celery") and not redis.client.hlen("unacked")
+
+
+def test_a_worker_that_waits_after_sigterm_renews_its_messages(
+    pool, start, steady, send, calls, redis
+):
+    def ends():
+        [(_, ends)] = redis.client.zrange("unacked_leases", 0, -1, withscores=True)
+        return ends
+
+    worker = start(steady, pool=pool)
+    send("ask", "running")
+    task = calls.next("running")
+    worker.stop(signal.SIGTERM)
+    until(lambda: "Warm shutdown" in worker.text(), "the worker stops")
+    before = ends()
+    until(lambda: ends() > before + 1, "the message is renewed more than once")
+    task.answer()
+    assert worker.wait() == 0
 
 
 def test_a_task_that_runs_through_a_restart_of_redis_starts_once(
@@ -152,35 +198,3 @@ def test_a_worker_without_a_free_slot_takes_no_task(
     calls.next("next").answer()
     settled()
     assert not calls.names()
-
-
-NO_TASK = {
-    "body": "W10=",
-    "content-type": "application/json",
-    "content-encoding": "utf-8",
-    "headers": {},
-    "properties": {
-        "delivery_tag": "no task's",
-        "delivery_info": {"exchange": "", "routing_key": "celery"},
-        "body_encoding": "base64",
-    },
-}
-MALFORMED = [
-    "no JSON",
-    "{}",
-    "[]",
-    "null",
-    json.dumps(NO_TASK),
-    json.dumps(NO_TASK | {"body": "%"}),
-]
-
-
-def test_a_malformed_message_is_dropped_and_the_next_task_runs(
-    pool, start, steady, send, settled, redis
-):
-    worker = start(steady, pool=pool)
-    for message in MALFORMED:
-        redis.client.lpush("celery", message)
-    assert send("add", 2, 3).get() == 5
-    settled()
-    assert worker.is_running()

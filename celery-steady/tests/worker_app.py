@@ -3,6 +3,7 @@
 CONF has its settings, as JSON, and CALLS the test's socket.
 """
 
+import ctypes
 import json
 import os
 import socket
@@ -39,6 +40,16 @@ def ask(name):
 
 
 @app.task
+def block(name):
+    """Run in C code, which lets no greenlet run, until the file `unblock` exists."""
+    with call(name):
+        pass
+    while not os.path.exists("unblock"):
+        ctypes.CDLL(None).usleep(100_000)
+    return name
+
+
+@app.task
 def poison(name, when):
     """Run a function of poisons.py: now, before or after a wait for the test, or if that is interrupted."""
     with open(RUNS, "a") as file:
@@ -61,6 +72,15 @@ def poison(name, when):
 @app.task
 def add(x, y):
     return x + y
+
+
+if "BACKEND_USED" in os.environ:
+    assert app.backend.__module__ == "celery.backends.redis"
+
+
+@app.task
+def backend():
+    return path(app.backend)
 
 
 if "NEWER" in os.environ:  # a newer version of the code

@@ -19,7 +19,7 @@ from helpers import add, broken, greet, multiply, sweeper
 from rest_framework.test import APIClient
 from versions import skip_on_older_versions
 
-from durable_jobs import admission, batches, compiler, database, messages
+from durable_jobs import admission, batches, database, messages, transitions
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.eager import run
@@ -89,7 +89,7 @@ def no_memory():
 def no_ties(monkeypatch):
     """Let no two jobs have the same time: on SQLite the clock has milliseconds."""
     if connection.vendor == "sqlite":
-        insert = compiler.insert
+        insert = transitions.store
 
         def insert_later(*args):
             until = perf_counter() + 0.001
@@ -97,7 +97,7 @@ def no_ties(monkeypatch):
                 pass
             return insert(*args)
 
-        monkeypatch.setattr(compiler, "insert", insert_later)
+        monkeypatch.setattr(transitions, "store", insert_later)
 
 
 class ReplicaRouter:
@@ -177,8 +177,8 @@ def backlog():
         pytest.skip("only PostgreSQL plans with statistics: set DATABASE_URL=postgres://…")
     now = timezone.now()
     final = {"state": "succeeded", "finished_at": now}
-    waits = {"state": "queued", "sweep_at": now}
-    runs = {"state": "running", "sweep_at": now, "run_token": uuid.UUID(int=1)}
+    waits = {"state": "queued", "send_at": now}
+    runs = {"state": "running", "lease_ends_at": now, "run_token": uuid.UUID(int=1)}
     fields = {"task": add.name, "queue": "celery", "created_at": now}
     multiply(Job.objects.create(**fields, **final), 100)
     with connection.cursor() as cursor:

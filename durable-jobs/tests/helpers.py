@@ -23,8 +23,11 @@ from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.exceptions import JobError
+from durable_jobs.messages import HEADER
 from durable_jobs.models import Job
+from durable_jobs.states import ADMITTED, LEASED
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker.execution import trace
 from durable_jobs.worker.runs import Run
 
 try:
@@ -74,8 +77,8 @@ def deliver(job):
 
 def receive(task, headers, args=()):
     """Let a task handle a message with these headers as a worker's process does. Return what Celery gets."""
-    trace = task._traced_by(build_tracer(task.name, task, app=current_app))
-    return trace(headers["id"], args, {}, {"hostname": "here", **headers})
+    tracer = build_tracer(task.name, task, app=current_app)
+    return trace(task, tracer, headers["id"], args, {}, {"hostname": "here", **headers})
 
 
 def claim_and_lapse(job, limit=60):
@@ -92,16 +95,36 @@ def claim(pk, run=None, **message):
 
 def run_of(job):
     """Return a Run of this job, as a worker has it that got a message of the job now."""
-    request = Context(id=job.pk, hostname="", retries=job.retries)
     header = {"crashes": job.crashes, "batch": job.batch_id, "limit_key": job.limit_key}
-    return Run(current_app.tasks[job.task], request, header)
+    request = Context(id=job.pk, hostname="", retries=job.retries, **{HEADER: header})
+    return Run(current_app.tasks[job.task], request)
+
+
+def requeue(jobs, seconds=0, **changes):
+    """Queue these jobs again, whatever their states are. Returns how many."""
+    due = Now() + timedelta(seconds=seconds)
+    fields = {**transitions.NEXT_RUN, "blocked_by": None}
+    return jobs.update(**{**fields, "due_at": due, "send_at": due, **changes})
+
+
+def runs_on(seconds=30):
+    """Return the fields of a running job whose lease ends in so many seconds."""
+    fields = {"state": "running", "run_token": uuid.uuid4(), "send_at": None}
+    return {**fields, "lease_ends_at": Now() + timedelta(seconds=seconds)}
+
+
+def finish(jobs, state, **changes):
+    """End these jobs. Returns how many."""
+    cleared = dict.fromkeys(["run_token", "send_at", "lease_ends_at", "blocked_by"])
+    return jobs.update(**cleared, state=state, finished_at=Now(), **changes)
 
 
 def lapse(*jobs):
     """Make these jobs due for the sweeper, in this order."""
     for index, job in enumerate(jobs):
         past = Now() - timedelta(seconds=1000 - index)
-        Job.objects.filter(pk=job.pk).update(sweep_at=past)
+        rows = Job.objects.filter(pk=job.pk)
+        rows.filter(ADMITTED).update(send_at=past) or rows.filter(LEASED).update(lease_ends_at=past)
 
 
 def messages_unless(name, error):
@@ -117,7 +140,7 @@ def messages_unless(name, error):
 
 def seconds_until_due(job):
     job.refresh_from_db()
-    return (job.sweep_at - timezone.now()).total_seconds()
+    return ((job.send_at or job.lease_ends_at) - timezone.now()).total_seconds()
 
 
 def call_concurrently(count, function):

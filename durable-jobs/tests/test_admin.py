@@ -11,9 +11,21 @@ from django.contrib.admin.utils import flatten_fieldsets
 from django.contrib.messages.storage.cookie import CookieStorage
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
-from helpers import JOBS, call, count, counting_queries, fail, greet, listed, logged, multiply
+from helpers import (
+    JOBS,
+    call,
+    count,
+    counting_queries,
+    fail,
+    finish,
+    greet,
+    listed,
+    logged,
+    multiply,
+    runs_on,
+)
 
-from durable_jobs import batches, transitions
+from durable_jobs import batches
 from durable_jobs.actions import cancel
 from durable_jobs.admin import announce
 from durable_jobs.database import Now
@@ -47,9 +59,8 @@ def states(commit):
     jobs["cancelled"] = enqueue(greet)
     jobs["waiting later"] = enqueue(greet, countdown=60)
     cancel(jobs["cancelled"])
-    transitions.finish(Job.objects.filter(pk=jobs["failed"].pk), "failed")
-    running = {"state": "running", "run_token": uuid.uuid4()}
-    Job.objects.filter(pk=jobs["running"].pk).update(**running)
+    finish(Job.objects.filter(pk=jobs["failed"].pk), "failed")
+    Job.objects.filter(pk=jobs["running"].pk).update(**runs_on())
     return jobs
 
 
@@ -113,7 +124,7 @@ def test_the_search_finds_an_id_and_an_owner(admin_client, user):
 
 def test_the_list_shows_label_queue_and_a_short_error(admin_client):
     job = enqueue(greet, label="For Ada", queue="special")
-    transitions.finish(Job.objects.filter(pk=job.pk), "failed", error="<b>" + "x" * 5000)
+    finish(Job.objects.filter(pk=job.pk), "failed", error="<b>" + "x" * 5000)
     page = admin_client.get(JOBS).content.decode()
     assert '"field-label">For Ada<' in page and '"field-queue">special<' in page
     assert f'"field-short_error">&lt;b&gt;{"x" * 76}…<' in page

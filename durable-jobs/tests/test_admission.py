@@ -37,9 +37,8 @@ from durable_jobs.exceptions import JobError
 from durable_jobs.limits import parse
 from durable_jobs.models import Job, Key
 from durable_jobs.pools import pool
-from durable_jobs.states import QUEUED
+from durable_jobs.process import process
 from durable_jobs.worker import children, lease, shutdown
-from durable_jobs.worker.runs import process
 
 pytestmark = pytest.mark.django_db
 
@@ -54,7 +53,7 @@ def test_a_job_over_its_limit_is_blocked(sent, commit):
         other = call.enqueue(8)
     assert sent == [jobs[0].pk, jobs[1].pk, other.pk]
     jobs[2].refresh_from_db()
-    assert (jobs[2].blocked_by, jobs[2].sweep_at, jobs[2].times_sent) == ("tenant:7", None, 0)
+    assert (jobs[2].blocked_by, jobs[2].send_at, jobs[2].times_sent) == ("tenant:7", None, 0)
     assert jobs[2].state == "queued" and jobs[2].limit_key == "tenant:7"
 
 
@@ -83,7 +82,7 @@ def test_a_failed_run_and_a_retry_hand_over_the_slot(sent, commit):
         run.try_again()
     assert sent == [job.pk for job in jobs]
     jobs[1].refresh_from_db()
-    assert (jobs[1].state, jobs[1].blocked_by, jobs[1].sweep_at) == ("queued", "one", None)
+    assert (jobs[1].state, jobs[1].blocked_by, jobs[1].send_at) == ("queued", "one", None)
     assert jobs[1].due_at > timezone.now() + timedelta(seconds=50)
 
 
@@ -107,7 +106,7 @@ def test_a_cancelled_task_function_keeps_its_slot(sent, commit):
     with pytest.raises(ValueError, match="is still running"):
         run_again(Job.objects.get(pk=first.pk))
     with commit(), run:
-        assert not run.write(transitions.finish, run.row, "failed")
+        assert not run.write(transitions.fail, run.row)
     assert sent == [first.pk, second.pk]
     with commit():
         run_again(Job.objects.get(pk=first.pk))
@@ -189,7 +188,7 @@ def test_a_task_function_of_a_cancelled_job_that_dies_frees_its_slot(
         with commit():
             children.recover_later(first.pk, of_job(run_token=token))
     assert sent == [first.pk, second.pk]
-    assert Job.objects.get(pk=first.pk).sweep_at is None
+    assert Job.objects.get(pk=first.pk).lease_ends_at is None
 
 
 @pytest.mark.parametrize("renew", ["process", "children"])
@@ -198,7 +197,7 @@ def test_a_cancelled_task_function_renews_the_lease_of_its_slot(sent, commit, mo
         job = alone.enqueue()
     run = start(job)
     cancel(job)
-    Job.objects.update(sweep_at=Now() + timedelta(seconds=1))
+    Job.objects.update(lease_ends_at=Now() + timedelta(seconds=1))
     if renew == "process":
         lease.write_and_renew([run])
         assert run.lost
@@ -210,7 +209,7 @@ def test_a_cancelled_task_function_renews_the_lease_of_its_slot(sent, commit, mo
         monkeypatch.setattr(children.time, "sleep", lambda seconds: next(sleeps))
         with pytest.raises(StopIteration):
             children.renew_leases_of_children()
-    assert Job.objects.filter(sweep_at__gt=Now() + timedelta(seconds=20)).exists()
+    assert Job.objects.filter(lease_ends_at__gt=Now() + timedelta(seconds=20)).exists()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_a_revoke_frees_the_slot_only_if_it_kills_the_task_function(
     request = children.JobRequest(message, app=current_app)
     request._already_revoked = True
     request.on_failure(SimpleNamespace(exception=error, traceback=""))
-    assert (Job.objects.get(pk=job.pk).sweep_at is None) == is_free
+    assert (Job.objects.get(pk=job.pk).lease_ends_at is None) == is_free
 
 
 def test_a_run_that_was_overtaken_frees_no_slot_of_the_newer_one(sent, commit):
@@ -243,8 +242,8 @@ def test_a_run_that_was_overtaken_frees_no_slot_of_the_newer_one(sent, commit):
     Job.objects.filter(pk=first.pk).update(crashes=1, run_token=uuid.uuid4())
     cancel(first)
     with commit(), old:
-        assert not old.write(transitions.finish, old.row, "failed")
-    assert Job.objects.get(pk=first.pk).sweep_at
+        assert not old.write(transitions.fail, old.row)
+    assert Job.objects.get(pk=first.pk).lease_ends_at
     assert sent == [first.pk]
 
 
@@ -252,10 +251,10 @@ def test_a_queued_job_that_is_queued_again_keeps_its_slot(sent, commit):
     """Its worker shuts down, or it must not run beside another suspect."""
     with commit():
         first, _ = enqueue_many([alone.s(1), alone.s(2)])
-    transitions.requeue(Job.objects.filter(QUEUED, pk=first.pk), 60)
+    transitions.send_again(Job.objects.filter(pk=first.pk), 60)
     sweeper.sender.send_due()
     first.refresh_from_db()
-    assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
+    assert (first.blocked_by, first.times_sent) == (None, 0) and first.send_at
     assert sent == [first.pk] and blocked() == 1
 
 
@@ -273,7 +272,7 @@ def test_a_message_that_cannot_be_sent_keeps_the_slot(commit, broker_down):
     with commit():
         first, _ = enqueue_many([alone.s(1), alone.s(2)])
     first.refresh_from_db()
-    assert (first.blocked_by, first.times_sent) == (None, 0) and first.sweep_at
+    assert (first.blocked_by, first.times_sent) == (None, 0) and first.send_at
     assert blocked() == 1
 
 
@@ -303,10 +302,10 @@ def test_what_a_process_releases_at_its_end_keeps_its_slot_and_starts_later(
     for job in first, other:
         assert -1000 < seconds_until_due(job) <= 1
     assert seconds_waited(other) < 100  # again from now
-    Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now() + timedelta(seconds=60))
+    Job.objects.filter(send_at__isnull=False).update(send_at=Now() + timedelta(seconds=60))
     sweeper.sender.send_due()
     assert sent == [first.pk, other.pk] and blocked() == 1
-    Job.objects.filter(sweep_at__isnull=False).update(sweep_at=Now())
+    Job.objects.filter(send_at__isnull=False).update(send_at=Now())
     sweeper.sender.send_due()
     assert sorted(sent) == sorted([first.pk, other.pk] * 2) and blocked() == 1
 

@@ -11,6 +11,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.urls import include, path
 from django.utils import timezone
+from drf_spectacular.generators import SchemaGenerator
 from helpers import add, fail, greet, ids
 from rest_framework import serializers
 from rest_framework.parsers import MultiPartParser
@@ -411,3 +412,9 @@ def test_a_key_counts_all_values_of_a_form(user):
 def test_anonymous_users_get_nothing_by_default(url):
     """DRF's default permission allows everyone."""
     assert APIClient().get(url).status_code == 401
+
+
+def test_the_enum_of_a_state_has_a_name_that_no_field_of_the_project_takes():
+    schemas = SchemaGenerator().get_schema(public=True)["components"]["schemas"]
+    assert schemas["JobState"]["enum"] == ["queued", "running", "succeeded", "failed", "cancelled"]
+    assert "StateEnum" not in schemas

@@ -7,9 +7,9 @@ import pytest
 from celery import current_app, shared_task
 from django.db import IntegrityError, OperationalError, transaction
 from django.db.models import QuerySet
-from helpers import run_of, sweeper
+from helpers import requeue, run_of, sweeper
 
-from durable_jobs import batches, database, messages, transitions
+from durable_jobs import batches, database, messages
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
@@ -98,7 +98,7 @@ def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
     with batches.open_batch(on_success=echo.s().set(label="then"), on_finish=echo.si()) as batch:
         first, *_ = batches.add_many(batch, [add.s(1, 2)] * 1000)
         job = batches.add(batch, fail.s())
-    ended = {"state": "succeeded", "finished_at": Now(), "sweep_at": None}
+    ended = {"state": "succeeded", "finished_at": Now(), "send_at": None}
     batch.jobs.filter(task=add.name).exclude(pk=first.pk).update(**ended)
     if bad == "cancelled":
         cancel(job)
@@ -111,7 +111,7 @@ def test_then_does_not_start_after_a_bad_member(bad, run_jobs):
 @pytest.mark.parametrize("changes", [{"retries": 1}, {"crashes": 1}])
 def test_a_retry_or_a_crash_is_not_an_end(changes, run_jobs):
     batch = batches.enqueue([add.s(1, 2)])
-    assert transitions.requeue(batch.jobs.all(), 60, **changes) == 1
+    assert requeue(batch.jobs.all(), 60, **changes) == 1
     batches.end(batch.pk)
     batches.end_all()
     assert after(batch) == ("open", [])
@@ -223,7 +223,7 @@ def test_a_task_function_reads_its_batch_when_the_database_is_back(published, mo
 
 def test_a_cancelled_batch_cancels_its_jobs_and_starts_ended(run_jobs):
     batch = many()
-    Job.objects.filter(args=[0, 0]).update(state="succeeded", finished_at=Now(), sweep_at=None)
+    Job.objects.filter(args=[0, 0]).update(state="succeeded", finished_at=Now(), send_at=None)
     assert batches.cancel(batch) == 2
     assert (batch.state, batch.error) == ("cancelled", "2 cancelled of 3")
     assert after(batch) == ("cancelled", ["ended"])

@@ -15,9 +15,9 @@ from celery import shared_task
 from celery.exceptions import Ignore
 from django.db import connection, transaction
 from django.utils import timezone
-from helpers import ROUNDS, fail_run, in_thread, race, run_of, run_while_open, succeed_run
+from helpers import ROUNDS, fail_run, finish, in_thread, race, run_of, run_while_open, succeed_run
 
-from durable_jobs import batches, messages, transitions
+from durable_jobs import batches, messages
 from durable_jobs.beat import purge
 from durable_jobs.enqueue import insert_many, new_fields
 from durable_jobs.models import Batch, Job
@@ -200,7 +200,7 @@ def test_the_last_end_waits_for_a_transaction_that_adds_a_job():
 
 def test_a_job_that_waits_for_the_end_of_the_batch_is_refused():
     [batch], [[run]] = store(1, 1)
-    assert transitions.finish(run.row, "succeeded")
+    assert finish(run.row, "succeeded")
     with pytest.raises(ValueError, match="the batch has ended"):
         run_while_open(lambda: batches.end(batch.pk), lambda: batches.add(batch, step.s()))
     assert_ended_once([batch])
@@ -270,7 +270,7 @@ def test_a_batch_can_be_cancelled_while_a_long_transaction_adds_a_job():
 def test_two_sweeps_and_an_end_at_once():
     new, runs = store(ROUNDS // 3, 1)
     for [run] in runs:
-        assert transitions.finish(run.row, "succeeded")
+        assert finish(run.row, "succeeded")
 
     def end(number):
         batches.end(new[number].pk)
@@ -317,7 +317,7 @@ def test_a_purge_deletes_no_old_job_of_a_batch_that_ends():
     """What comes next reads the results of all jobs."""
     new, runs = store(ROUNDS, 2)
     for first, _ in runs:
-        assert transitions.finish(first.row, "succeeded")
+        assert finish(first.row, "succeeded")
     age(new, "succeeded")
 
     def delete(number):

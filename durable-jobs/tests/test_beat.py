@@ -24,7 +24,7 @@ from django_celery_beat.models import (
 from django_celery_beat.schedulers import DatabaseScheduler
 from django_tasks import task
 
-from durable_jobs import compiler
+from durable_jobs import transitions
 from durable_jobs.beat.schedule import OncePerDueTime
 from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.models import Job
@@ -213,14 +213,14 @@ def test_one_beat_has_one_sweeper(monkeypatch, embedded):
 
 
 def test_a_tick_waits_for_an_unavailable_database(scheduler, monkeypatch):
-    insert, errors = compiler.insert, [OperationalError("away"), OperationalError("away")]
+    insert, errors = transitions.store, [OperationalError("away"), OperationalError("away")]
 
     def fail(job):
         if errors:
             raise errors.pop()
         return insert(job)
 
-    monkeypatch.setattr(compiler, "insert", fail)
+    monkeypatch.setattr(transitions, "store", fail)
     tick(scheduler)
     until = time.monotonic() + 60
     # Wait until the job has ended: otherwise its thread would continue without the fixtures.
@@ -239,7 +239,7 @@ def errors(caplog):
 
 
 def test_a_tick_that_cannot_be_stored_is_logged(scheduler, monkeypatch, errors):
-    monkeypatch.setattr(compiler, "insert", Mock(side_effect=IntegrityError("no such owner")))
+    monkeypatch.setattr(transitions, "store", Mock(side_effect=IntegrityError("no such owner")))
     tick(scheduler)
     assert len(errors()) == 1 and "add: no such owner" in errors()[0]
 

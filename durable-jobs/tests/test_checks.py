@@ -17,12 +17,14 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.core.management.base import SystemCheckError
 from django.db import connection
+from django.db.models import CASCADE, SET_NULL
 from helpers import add
 from settings import SOURCE
 from settings import app as app_of_tests
 
 from durable_jobs import checks, conf, messages
 from durable_jobs.celery import Celery
+from durable_jobs.models import Job
 from durable_jobs.tasks import job
 from durable_jobs.worker.consumer import Consumer
 
@@ -76,6 +78,18 @@ def queue_of_plain_tasks(monkeypatch):
 def test_correct_settings_pass_the_checks():
     found = {message.id for message in run_checks(include_deployment_checks=True)}
     assert not [each for each in found if each.startswith("durable_jobs.")]
+
+
+def test_a_foreign_key_that_deletes_its_rows_with_old_jobs_is_found(monkeypatch):
+    def relation(on_delete, label):
+        model = Mock(_meta=Mock(app_label=label))
+        return Mock(on_delete=on_delete, related_model=model, field=f"{label}.Order.job")
+
+    kinds = (CASCADE, "shop"), (SET_NULL, "other"), (CASCADE, "durable_jobs")
+    relations = [relation(*kind) for kind in kinds]
+    monkeypatch.setitem(vars(Job._meta), "related_objects", relations)
+    [warning] = [found for found in run_checks() if found.id == "durable_jobs.W013"]
+    assert warning.msg.startswith("shop.Order.job ")
 
 
 class OtherRouter:

@@ -55,6 +55,18 @@ def test_a_second_pause_keeps_its_time_and_may_change_the_reason():
     assert (pause.since, pause.reason) == (since, "SMTP is down")
 
 
+def test_a_typo_is_answered_with_the_name_that_was_meant():
+    with pytest.raises(CommandError, match=f"did you mean {mail.name}?"):
+        jobs("pause", mail.name[:-1])
+
+
+def test_it_says_what_is_wrong():
+    assert (
+        jobs("status")
+        == "No heartbeat from Beat or any worker: they are down or can't reach the database\n"
+    )
+
+
 @pytest.mark.parametrize("command", ["pause", "resume"])
 def test_one_wrong_name_changes_nothing(command):
     if command == "resume":

@@ -5,11 +5,10 @@ from html import unescape
 
 import pytest
 from celery import shared_task
-from django.db import connection
-from django.db.models import F
+from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import JOBS, add, claim, claim_and_lapse, listed, messages_unless, sweeper
+from helpers import JOBS, add, claim, claim_and_lapse, in_thread, listed, messages_unless, sweeper
 
 from durable_jobs import batches
 from durable_jobs import diagnosis as module
@@ -80,7 +79,7 @@ def runs(silence=105, **fields):
     job = waits()
     assert claim(job.pk)
     fields = {"worker": "celery@one", "started_at": ago(50), **fields}
-    Job.objects.filter(pk=job.pk).update(sweep_at=ago(silence), **fields)
+    Job.objects.filter(pk=job.pk).update(lease_ends_at=ago(silence), **fields)
     return job
 
 
@@ -155,7 +154,7 @@ def test_a_limit_that_only_beat_can_fill_says_that_beat_does_not_run(settings):
     settings.DURABLE_JOBS = settings.DURABLE_JOBS | {"LIMITS": {"tenant": "2", "api": "2/h"}}
     sweeps(130)
     works()
-    blocked = {"times_sent": 0, "sweep_at": None}
+    blocked = {"times_sent": 0, "send_at": None}
     free = waits(blocked_by="tenant:7", limit_key="tenant:7", **blocked)
     rated = waits(blocked_by="api", limit_key="api", **blocked)
     assert why(free) == f"Waiting: limit {free.limit_key}. {NO_BEAT}"
@@ -254,8 +253,7 @@ def test_a_worker_gives_no_sign_of_life():
 
 
 def test_a_function_that_is_over_its_time_limit_does_not_blame_its_worker():
-    late = runs()
-    Job.objects.filter(pk=late.pk).update(sweep_at=F("started_at"))  # as lease_end() does
+    late = runs(is_late=True)
     assert why(late) == "Exceeded its time limit. It will fail automatically"
     assert "The workers of 1 job aren't responding" not in problems()
 
@@ -309,7 +307,7 @@ def test_a_batch_says_what_holds_its_jobs_up(api, user, admin_client):
     newest = jobs.latest("created_at")
     assert claim(newest.pk)
     assert shown() == ""  # it moves
-    jobs.filter(pk=newest.pk).update(sweep_at=ago(105))
+    jobs.filter(pk=newest.pk).update(lease_ends_at=ago(105))
     assert shown() == "Its worker hasn't responded for 2 min. It will restart automatically"
     cancel(jobs)
     batches.end_all()
@@ -399,7 +397,7 @@ def test_the_problems_of_the_system_are_named():
 def test_the_sweeper_stores_for_which_queues_the_broker_takes_no_message(broker_down, monkeypatch):
     refuse = messages_unless("celery", OSError("no\0 broker"))
     monkeypatch.setattr(republish, "messages_in", refuse)
-    waits(times_sent=0, sweep_at=ago(60))
+    waits(times_sent=0, send_at=ago(60))
     sweeper.sender.send_due()
     sweeper.store_round()
     assert Sweep.objects.get().refused == {"celery": "OSError('no\\x00 broker')"}
@@ -433,7 +431,7 @@ def test_jobs_that_are_well_cost_no_query():
 def test_many_jobs_that_wait_cost_the_same_few_queries():
     works()
     for _ in range(3):
-        waits(retries=1), runs(), waits(blocked_by="tenant:7", limit_key="tenant:7", sweep_at=None)
+        waits(retries=1), runs(), waits(blocked_by="tenant:7", limit_key="tenant:7", send_at=None)
     with CaptureQueriesContext(connection) as captured:
         assert len(reasons([*Job.objects.all()], for_staff=True)) == 9
     sql = [query["sql"] for query in captured if query["sql"].startswith("SELECT")]
@@ -445,3 +443,18 @@ def test_many_jobs_that_wait_cost_the_same_few_queries():
 )
 def test_a_span_of_time_is_short(seconds, text):
     assert span(timedelta(seconds=seconds)) == text
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="SQLite has no locks of tables")
+@pytest.mark.django_db(transaction=True)
+def test_what_diagnoses_does_not_wait_for_a_locked_table_and_says_who_locks_it(staff_api):
+    """As a migration does, for minutes."""
+    pages = "/admin/durable_jobs/pause/", "/metrics"
+    with transaction.atomic(), connection.cursor() as cursor:
+        cursor.execute("LOCK TABLE durable_jobs_job IN ACCESS EXCLUSIVE MODE")
+        cursor.execute("SELECT pg_backend_pid()")
+        [pid] = cursor.fetchone()
+        answers = in_thread(lambda: [staff_api.get(page) for page in pages])
+    assert [answer.status_code for answer in answers] == [200, 503]
+    for answer in answers:
+        assert f"The process {pid} of PostgreSQL has locked durable_jobs_job for" in answer.text

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from datetime import timedelta
-from uuid import uuid4
 
 import pytest
 from asgiref.current_thread_executor import CurrentThreadExecutor
@@ -15,7 +14,7 @@ from celery.exceptions import (
 )
 from django.db import OperationalError, transaction
 from django.utils import timezone
-from helpers import sweeper
+from helpers import runs_on, sweeper
 
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.contrib.django_tasks import TaskBackend
@@ -214,7 +213,7 @@ def test_a_dead_worker_counts_as_an_attempt(is_late, status, error):
     """Also one that Celery killed at its time limit."""
     result = add.enqueue(1)
     started = {"started_at": timezone.now(), "worker": "celery@host"}
-    Job.objects.update(state="running", run_token=uuid4(), **started)
+    Job.objects.update(**runs_on() | started)
     recover(Job.objects.all(), is_late)
     result.refresh()
     assert (result.status, result.worker_ids) == (status, ["celery@host"])

@@ -14,7 +14,7 @@ from django.utils import timezone
 from django.utils.functional import SimpleLazyObject
 from helpers import add, alone, plain, seconds_until_due, sweeper
 
-from durable_jobs import batches
+from durable_jobs import batches, compiler
 from durable_jobs.actions import run_again
 from durable_jobs.api.views import EnqueueMixin
 from durable_jobs.database import Now
@@ -282,11 +282,11 @@ def test_an_option_is_in_the_row(door, option, user):
 @pytest.mark.parametrize("task", [add, alone])
 @pytest.mark.parametrize("countdown", [None, 60])
 def test_a_new_job_has_the_times_of_its_row(task, countdown, published):
-    names = "created_at", "due_at", "sweep_at"
+    names = "created_at", "due_at", "send_at"
     job = enqueue(task, [1, 2] if task == add else [1], countdown=countdown)
     row = Job.objects.values(*names).get()
     assert {name: getattr(job, name) for name in names} == row
-    assert (row["sweep_at"] is None) == (task == alone)
+    assert (row["send_at"] is None) == (task == alone)
     assert row["due_at"] - row["created_at"] > timedelta(seconds=(countdown or 0) - 1)
 
 
@@ -381,3 +381,26 @@ def test_a_wrong_clock_of_this_process_shifts_no_time(door, user, monkeypatch):
 @pytest.mark.parametrize("moment", [datetime(2020, 1, 1), timezone.now() - timedelta(hours=1)])  # noqa: DTZ001
 def test_a_job_whose_time_has_passed_starts_at_once(door, user, moment):
     assert DOORS[door](user, {"eta": moment}).times_sent == 1
+
+
+def test_many_jobs_are_stored_like_few(user, monkeypatch):
+    """On PostgreSQL, many are a COPY."""
+    texts = ["", "\t", "\n", "\\N", "\\", '"', "é€😀"] * 3
+    calls = [
+        double.using(owner=user, label=text, headers={"a": text}, countdown=9).s([text, None, 1.5])
+        for text in texts
+    ]
+
+    def stored(many):
+        monkeypatch.setattr(compiler, "MANY", many)
+        with CaptureQueriesContext(connection) as captured:
+            jobs = enqueue_many(calls)
+        is_copied = any(query["sql"].startswith("COPY") for query in captured)
+        assert is_copied == (many == 1 and connection.vendor == "postgresql")
+        assert all(job.pk and not job._state.adding for job in jobs)
+        rows = Job.objects.filter(pk__in=[job.pk for job in jobs], cursor__isnull=True)
+        rows = rows.order_by("created_at").values()
+        differ = {"id", "created_at", "due_at", "send_at"}
+        return [{name: row[name] for name in row.keys() - differ} for row in rows]
+
+    assert stored(many=1) == stored(many=1000) and len(stored(many=1)) == len(texts)

@@ -10,10 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 
+from durable_jobs.process import process
 from durable_jobs.tasks import job
 from durable_jobs.worker import forks
 from durable_jobs.worker.consumer import Consumer
-from durable_jobs.worker.runs import process
 
 
 @pytest.mark.django_db  # so that it runs in no process with greenlets, which forks no children
@@ -75,7 +75,7 @@ def test_a_process_that_a_job_forks_never_leaves_its_function():
 
 @pytest.mark.django_db
 def test_a_job_raises_what_it_likes():
-    """What that means is known to worker/execution.py. A plain task fails with another error."""
+    """What that means is known to worker/runs.py. A plain task fails with another error."""
     Consumer.prepare(Mock(is_prefork=False), leave)
     with pytest.raises(SystemExit):
         leave()

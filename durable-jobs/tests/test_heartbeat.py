@@ -17,16 +17,16 @@ from celery.worker import state
 from django.db import Error, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import ago, scrape, start
+from helpers import ago, runs_on, scrape, start
 
+from durable_jobs import statistics
 from durable_jobs.beat import purge
-from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job, Worker
 from durable_jobs.pools import pool
+from durable_jobs.process import process
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import forks, heartbeat, shutdown
-from durable_jobs.worker.runs import process
 
 
 @shared_task(base=JobTask)
@@ -109,7 +109,7 @@ def test_the_row_says_what_a_worker_is(consumer, settings, monkeypatch):
     Worker.objects.update(seen_at=ago(60))
     write(consumer)
     assert (row().queues, row().slots, row().started_at) == (["io"], 5, shown.started_at)
-    assert heartbeat.alive().exists()
+    assert statistics.alive().exists()
 
 
 def test_the_slots_of_autoscaling_are_its_maximum(consumer):
@@ -257,7 +257,7 @@ def test_a_worker_is_stale_after_30_seconds_and_gone_after_an_hour(consumer, mon
     monkeypatch.setattr(purge, "close_old_connections", Mock())
     for seconds, is_alive, is_there in (29, 1, 1), (31, 0, 1), (3590, 0, 1), (3610, 0, 0):
         Worker.objects.update(seen_at=ago(seconds))
-        assert heartbeat.alive().count() == is_alive
+        assert statistics.alive().count() == is_alive
         monkeypatch.setattr("time.sleep", Mock(side_effect=[None, StopIteration]))
         with pytest.raises(StopIteration):
             purge.clean_forever()
@@ -265,7 +265,7 @@ def test_a_worker_is_stale_after_30_seconds_and_gone_after_an_hour(consumer, mon
 
 
 def test_workers_are_read_from_the_database_that_they_write(replica):
-    assert heartbeat.alive().db == "default"
+    assert statistics.alive().db == "default"
 
 
 def test_the_metrics_count_workers_and_slots(consumer, staff_api, monkeypatch):
@@ -297,8 +297,6 @@ def test_the_metrics_count_workers_and_slots(consumer, staff_api, monkeypatch):
 
 def test_the_metrics_count_a_job_without_a_live_worker_as_stalled(staff_api):
     for seconds in 10, -1, -1:
-        job, sweep_at = enqueue(greet), Now() + timedelta(seconds=seconds)
-        running = {"state": "running", "run_token": job.pk, "sweep_at": sweep_at}
-        Job.objects.filter(pk=job.pk).update(**running)
+        Job.objects.filter(pk=enqueue(greet).pk).update(**runs_on(seconds))
     found = scrape(staff_api)
     assert (found["durable_jobs_running celery"], found["durable_jobs_stalled celery"]) == (1, 2)

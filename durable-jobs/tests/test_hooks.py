@@ -13,19 +13,20 @@ from celery.fixups.django import DjangoWorkerFixup
 from celery_steady.django import check_connections
 from django.db import connection
 from django.db.backends.base.base import BaseDatabaseWrapper
-from django.db.models import F
 from helpers import claim_and_lapse, deliver, receive
 
-from durable_jobs import publish
+from durable_jobs import publish, transitions
 from durable_jobs.actions import cancel
 from durable_jobs.beat import republish
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.messages import message_of
 from durable_jobs.models import Job
+from durable_jobs.process import process
 from durable_jobs.tasks import job
 from durable_jobs.worker import children, startup
+from durable_jobs.worker.execution import trace_jobs
 from durable_jobs.worker.lease import recover
-from durable_jobs.worker.runs import Run, process
+from durable_jobs.worker.runs import Run
 
 pytestmark = pytest.mark.django_db(transaction=True)
 NAMES = "prerun postrun success failure retry revoked".split()
@@ -101,14 +102,17 @@ def test_a_second_copy_of_a_message_says_nothing():
 
 
 def test_a_worker_sends_no_signal_for_a_message_that_starts_nothing():
-    """It calls the task's __trace__, which Celery sets."""
+    """It calls the task's __trace__, which Celery sets, and then worker/consumer.py."""
     job = deliver(work.enqueue())
     notes.clear()
-    work.__trace__ = build_tracer(work.name, work, app=app)
+    for task in app.tasks.values():
+        task.__trace__ = build_tracer(task.name, task, app=app)
+    trace_jobs(app)
     try:
         result = work.__trace__(str(job.pk), [], {}, message_of(job).headers)
     finally:
-        work.__trace__ = None
+        for task in app.tasks.values():
+            task.__trace__ = None
     assert result.info.state == "IGNORED" and not notes
 
 
@@ -133,7 +137,7 @@ def test_a_dead_worker_says_that_its_job_is_retried_and_at_last_that_it_failed(p
 def test_a_job_over_its_time_limit_says_that_it_failed(published):
     job = work.enqueue()
     claim_and_lapse(job, limit=0)
-    Job.objects.update(sweep_at=F("started_at"))  # see lease_end()
+    transitions.renew(Job.objects.all())
     recover(Job.objects.all())
     assert of(job) == ["on_failure(TimeLimitExceeded)", "failure"]
 

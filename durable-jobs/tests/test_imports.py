@@ -4,32 +4,32 @@ ORDER is the drawing, from the bottom to the top. Imports in functions count, to
 """
 
 import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from settings import SOURCE
 
 PACKAGE = SOURCE / "durable_jobs"
 ORDER = """
-conf exceptions pools validation versions migrations
-database limits messages transport
-states transport.rabbitmq transport.redis
+api.schema conf exceptions migrations pools transport.rabbitmq validation versions views
+coroutines database limits messages process transport
+beat.entries states transport.redis worker.forks worker.steps
 models
-compiler eager pauses results
-transitions
-hooks publish
+checks compiler hooks pauses results worker.heartbeat
+statistics transitions
+publish
 admission
-enqueue
+beat.republish enqueue
 actions
 batches
-worker.runs
-worker.forks worker.lease
-worker.children worker.heartbeat worker.remote_control
-worker.shutdown worker.startup worker.steps statistics diagnosis beat.republish
-worker.consumer worker.execution beat.purge contrib.prometheus
-tasks beat.sweeper api.schema api.serializers
-beat.schedule api.views contrib.django_tasks drill
-admin celery checks testing urls views management.commands.durable_jobs
-apps
+beat.purge celery diagnosis tasks worker.remote_control worker.runs
+admin api.serializers contrib.django_tasks contrib.prometheus drill worker.lease
+api.views beat.sweeper management.commands.durable_jobs worker.children worker.execution worker.shutdown
+beat.schedule eager urls worker.startup
+apps testing worker.consumer
 """
 LAYERS = [line.split() for line in ORDER.strip().splitlines()]
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -71,6 +71,34 @@ def test_a_module_imports_only_modules_below_it(name):
     assert name in LEVELS, "add it to ORDER"
     above = {each for each in imported(MODULES[name]) - {name} if LEVELS[each] >= LEVELS[name]}
     assert not above
+
+
+WEB = """
+import sys, django, settings
+settings.DATABASES["default"] = {"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+django.setup()
+import urls
+from celery import shared_task
+from django.core.management import call_command
+from durable_jobs import actions, batches, tasks
+from durable_jobs.contrib import django_tasks
+call_command("check")
+call_command("migrate", verbosity=0)
+@tasks.job
+async def wait(self): ...
+batch = batches.enqueue([wait.s()])
+actions.cancel(batch.jobs.all())
+wait.delay()
+wait()
+print(*(name for name in sys.modules if name.startswith("durable_jobs.worker")))
+"""
+
+
+def test_a_web_process_imports_nothing_of_a_worker():
+    variables = {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
+    run = [sys.executable, "-c", WEB]
+    options = {"cwd": Path(__file__).parent, "env": variables, "text": True, "check": True}
+    assert subprocess.run(run, capture_output=True, **options).stdout.splitlines()[-1] == ""
 
 
 def test_no_import_is_hidden_in_a_string():

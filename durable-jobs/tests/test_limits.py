@@ -17,9 +17,9 @@ from django.core.checks import run_checks
 from django.core.exceptions import ImproperlyConfigured
 from django.db.models import F
 from django.utils import timezone
-from helpers import alone, ask, call, end, free, receive, run_of, start, sweeper
+from helpers import alone, ask, call, end, finish, free, receive, run_of, start, sweeper
 
-from durable_jobs import admission, batches, limits, transitions
+from durable_jobs import admission, batches, limits
 from durable_jobs.actions import run_again, run_all_again
 from durable_jobs.api.views import EnqueueMixin
 from durable_jobs.beat.schedule import OncePerDueTime
@@ -82,13 +82,13 @@ def by_beat():
 
 def fail_and_run_again(again):
     job = call.enqueue(7)
-    transitions.finish(Job.objects.filter(pk=job.pk), "failed")
+    finish(Job.objects.filter(pk=job.pk), "failed")
     again(Job.objects.get(pk=job.pk))
 
 
 def batch_again():
     batch = batches.enqueue([call.s(7)])
-    transitions.finish(batch.jobs.all(), "failed")
+    finish(batch.jobs.all(), "failed")
     batches.end(batch.pk)
     batches.run_failed_again(batch)
 
@@ -123,7 +123,7 @@ DOORS = {
 def test_each_way_to_enqueue_a_job_obeys_its_limit(sent, door):
     DOORS[door]()
     job = Job.objects.exclude(limit_key=None).get()
-    assert (job.limit_key, job.blocked_by, job.sweep_at) == ("tenant:7", "tenant:7", None)
+    assert (job.limit_key, job.blocked_by, job.send_at) == ("tenant:7", "tenant:7", None)
     assert (job.times_sent, job.state) == (0, "queued")
 
 
@@ -155,7 +155,7 @@ def test_jobs_run_in_tests_whatever_their_limits_say(run_jobs):
 )
 def test_a_job_runs_again_with_the_limit_that_its_task_has_now(sent, monkeypatch, limit, key):
     jobs = [call.enqueue(7), call.enqueue(8)]
-    transitions.finish(Job.objects.all(), "failed")
+    finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[call.name], "limit", limit)
     run_again(Job.objects.get(pk=jobs[0].pk))
     run_all_again(Job.objects.filter(pk=jobs[1].pk))
@@ -164,7 +164,7 @@ def test_a_job_runs_again_with_the_limit_that_its_task_has_now(sent, monkeypatch
 
 def test_a_job_that_had_no_limit_runs_again_with_one(sent, monkeypatch):
     job = free.enqueue()
-    transitions.finish(Job.objects.all(), "failed")
+    finish(Job.objects.all(), "failed")
     monkeypatch.setattr(current_app.tasks[free.name], "limit", "one")
     run_again(Job.objects.get(pk=job.pk))
     assert Job.objects.get().blocked_by == "one"
@@ -172,7 +172,7 @@ def test_a_job_that_had_no_limit_runs_again_with_one(sent, monkeypatch):
 
 def test_a_queryset_runs_the_others_again_if_the_key_of_one_has_no_value(sent, monkeypatch):
     _, second = call.enqueue(7), call.enqueue(8)
-    transitions.finish(Job.objects.all(), "failed")
+    finish(Job.objects.all(), "failed")
     monkeypatch.setattr(
         current_app.tasks[call.name], "limit", lambda tenant, **_: {8: "tenant:8"}[tenant]
     )
@@ -218,7 +218,7 @@ ID = uuid.UUID(int=7)
 def test_a_key_is_the_same_when_the_job_runs_again(sent, value, text):
     job = call.enqueue(value)
     assert job.limit_key == f"tenant:{text}"
-    transitions.finish(Job.objects.all(), "failed")
+    finish(Job.objects.all(), "failed")
     run_again(Job.objects.get())
     assert Job.objects.get().limit_key == f"tenant:{text}"
 

@@ -20,12 +20,12 @@ from django.db.models import Count, Q
 from helpers import ROUNDS as MANY_ROUNDS
 from helpers import fail_run, in_thread, race, run_of, succeed_run, sweeper
 
-from durable_jobs import admission, enqueue, pauses, publish, transitions
+from durable_jobs import admission, enqueue, pauses, publish
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import republish
-from durable_jobs.database import Now
+from durable_jobs.database import Now, skip_locked
 from durable_jobs.models import Job, Key
-from durable_jobs.states import STILL_RUNNING, UNFINISHED
+from durable_jobs.states import ADMITTED, HAS_SLOT, LEASED, STILL_RUNNING, UNFINISHED
 from durable_jobs.tasks import JobTask
 from durable_jobs.worker import lease
 from durable_jobs.worker.runs import Run
@@ -65,7 +65,7 @@ def store(keys, each, started=1):
         fields = [enqueue.new_fields(alone, [key], None, Now()) for _ in range(each)]
         jobs = [Job.objects.create(**field) for field in fields]
         for job in jobs[:started]:
-            Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
+            Job.objects.filter(pk=job.pk).update(blocked_by=None, send_at=Now())
             runs.append(run_of(job))
             assert runs[-1].claim()
         rest.append(jobs[started:])
@@ -84,7 +84,7 @@ def retry(run):
 
 def used_and_blocked():
     """Return {key: (slots in use, blocked jobs that are due)}."""
-    used, blocked = Q(sweep_at__isnull=False), Q(blocked_by__isnull=False, due_at__lte=Now())
+    used, blocked = ADMITTED | LEASED, Q(blocked_by__isnull=False, due_at__lte=Now())
     rows = Job.objects.filter(limit_key__isnull=False).order_by().values_list("limit_key")
     rows = rows.annotate(used=Count("pk", filter=used), blocked=Count("pk", filter=blocked))
     return {key: counts for key, *counts in rows}
@@ -216,7 +216,7 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
     runs = []
     for jobs in rest:
         Job.objects.filter(pk__in=[job.pk for job in jobs[:2]]).update(
-            blocked_by=None, sweep_at=Now()
+            blocked_by=None, send_at=Now()
         )
         runs.append([run_of(job) for job in jobs[:2]])
     race(
@@ -235,7 +235,7 @@ def test_a_rate_is_kept_while_jobs_start_and_others_are_stored(settings):
 def test_a_pause_and_its_end_meet_claims():
     """A job runs, or is due when the pause has ended."""
     jobs = [alone.enqueue(n) for n in range(20)]
-    Job.objects.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
+    Job.objects.filter(blocked_by__isnull=False).update(blocked_by=None, send_at=Now())
     runs = [run_of(job) for job in jobs]
 
     def claim(n):
@@ -248,7 +248,7 @@ def test_a_pause_and_its_end_meet_claims():
 
     race(20, claim, pause)
     admission.admit_due()
-    assert Job.objects.filter(sweep_at__isnull=False).count() == 20
+    assert Job.objects.filter(HAS_SLOT).count() == 20
 
 
 # What is locked, or lost
@@ -273,7 +273,7 @@ def test_a_run_that_ends_leaves_out_a_locked_job():
     with transaction.atomic():
         Job.objects.select_for_update().get(pk=first.pk)
         in_thread(lambda: end(run))
-    assert Job.objects.get(pk=second.pk).sweep_at
+    assert Job.objects.get(pk=second.pk).send_at
 
 
 def test_the_next_job_is_sent_if_the_answer_of_the_commit_is_lost(
@@ -319,16 +319,15 @@ class Witness:
 
 def crash(run):
     """The worker dies: its lease lapses, whether its job runs or was cancelled."""
-    is_own = Q(run_token=run.token) | Q(state="cancelled", sweep_at__isnull=False)
-    Job.objects.filter(is_own, pk=run.job_id).update(sweep_at=Now())
+    is_own = Q(run_token=run.token) | STILL_RUNNING
+    Job.objects.filter(is_own, pk=run.job_id).update(lease_ends_at=Now())
 
 
 def retry_soon(run):
-    run.retry = {"delay": 0, "args": [0], "kwargs": {}, "retries": run.claim_fields["retries"] + 1}
+    run.retry = {"delay": 0, "args": [0], "kwargs": {}, "retries": run.request.retries + 1}
     run.try_again()
 
 
-RUNS_OR_CANCELLED = Q(state="running") | STILL_RUNNING  # what recover_lapsed() recovers
 OUTCOMES = [succeed_run] * 4 + [fail_run, retry_soon, retry_soon, Run.release, crash]
 
 
@@ -359,7 +358,7 @@ def test_never_more_task_functions_than_the_limit_whatever_happens(
 
     def look(_):
         while not over.is_set():
-            lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
+            lease.recover(Job.objects.filter(lease_ends_at__lt=Now()))
             with suppress(ValueError):
                 sweeper.sender.send_due(resend=False)
             time.sleep(0.002)
@@ -380,7 +379,7 @@ def test_never_more_task_functions_than_the_limit_whatever_happens(
                     run_again(job)
         elif n % 3:
             with transaction.atomic():
-                transitions.skip_locked(some(state="queued").filter(state="queued")).delete()
+                skip_locked(some(state="queued").filter(state="queued")).delete()
         else:
             pauses.pause("celery")
             time.sleep(0.005)
@@ -413,8 +412,8 @@ def test_never_more_task_functions_than_the_limit_whatever_happens(
         return call
 
     race(1, *map(or_end, [work, work, work, work, look, look, disturb_all]))
-    lease.recover(Job.objects.filter(RUNS_OR_CANCELLED, sweep_at__lt=Now()))
-    assert not Job.objects.filter(sweep_at__isnull=False).exists()
+    lease.recover(Job.objects.filter(lease_ends_at__lt=Now()))
+    assert not Job.objects.filter(HAS_SLOT).exists()
 
 
 def test_one_at_a_time_keeps_the_order(messages):

@@ -28,7 +28,7 @@ def test_jobs_that_run_or_are_due_count(sent, transactional_db):
     claim(store("io").pk)
     later = store("celery", countdown=60)
     assert load() == {"cpu": 1, "io": 1}
-    Job.objects.filter(pk=later.pk).update(sweep_at=timezone.now() - timedelta(seconds=1))
+    Job.objects.filter(pk=later.pk).update(send_at=timezone.now() - timedelta(seconds=1))
     assert load() == {"celery": 1, "cpu": 1, "io": 1}
 
 

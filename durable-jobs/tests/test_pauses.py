@@ -5,9 +5,9 @@ from datetime import timedelta
 import pytest
 from django.db.models import F
 from django.utils import timezone
-from helpers import add, alone, call, deliver, end, lapse, run_of, start, sweeper
+from helpers import add, alone, call, deliver, end, lapse, requeue, run_of, start, sweeper
 
-from durable_jobs import pauses, transitions
+from durable_jobs import pauses
 from durable_jobs.actions import cancel, run_again
 from durable_jobs.beat import purge
 from durable_jobs.database import Now
@@ -42,12 +42,12 @@ def test_a_worker_starts_no_job_of_a_paused_queue_or_task(name):
     pauses.pause(name)
     deliver(job)
     job.refresh_from_db()
-    assert (job.state, job.sweep_at, job.times_sent) == (
+    assert (job.state, job.send_at, job.times_sent) == (
         "queued",
         max(job.due_at, job.created_at),
         0,
     )
-    Job.objects.filter(pk=other.pk).update(blocked_by=None, sweep_at=Now())
+    Job.objects.filter(pk=other.pk).update(blocked_by=None, send_at=Now())
     start(Job.objects.get(pk=other.pk))
 
 
@@ -63,7 +63,7 @@ def test_a_job_that_runs_is_not_interrupted_and_ends(commit):
 @pytest.mark.parametrize("name", ["io", add.name])
 def test_the_sweeper_sends_the_rest(sent, name):
     paused, [other] = store(3, queue="io", countdown=60), store(queue="cpu", task=call)
-    transitions.requeue(Job.objects.filter(pk=other.pk))
+    requeue(Job.objects.filter(pk=other.pk))
     lapse(*paused)
     pauses.pause(name)
     sweeper.sender.send_due()
@@ -93,7 +93,7 @@ def test_paused_jobs_start_in_order_when_the_pause_ends(sent):
 def test_a_countdown_continues_during_a_pause(sent):
     _, [soon] = store(queue="io", countdown=3600), store(queue="io", countdown=60)
     pauses.pause("io")
-    Job.objects.filter(pk=soon.pk).update(due_at=LONG_AGO, sweep_at=LONG_AGO)
+    Job.objects.filter(pk=soon.pk).update(due_at=LONG_AGO, send_at=LONG_AGO)
     sweeper.sender.send_due()
     assert not sent
     pauses.resume("io")

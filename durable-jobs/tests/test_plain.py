@@ -1,4 +1,4 @@
-"""The library changes nothing for plain tasks."""
+"""The library changes nothing for plain tasks, compared with celery_steady.Celery."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ settings.configure(
     CELERY_BROKER_URL=sys.argv[2],
     CELERY_TASK_TIME_LIMIT=600,
 )
-app = import_module("durable_jobs.celery" if with_library else "celery").Celery("plain")
+app = import_module("durable_jobs.celery" if with_library else "celery_steady").Celery("plain")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.set_current()
 django.setup()

@@ -32,7 +32,6 @@ from durable_jobs.contrib.prometheus import Collector
 from durable_jobs.database import IDLE_TIMEOUT, LOCK_TIMEOUT, Now, limit_locks
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.models import Job
-from durable_jobs.transitions import lease_end
 from durable_jobs.worker import runs
 
 pytestmark = pytest.mark.django_db
@@ -154,7 +153,7 @@ def test_the_queries_of_a_job_with_a_limit(sent, commit):
 def test_a_start_with_a_rate_costs_one_more_query(sent, commit):
     for expected in [["UPDATE", "UPDATE", "INSERT", "UPDATE"], ["UPDATE", "UPDATE"]]:
         job = ask.enqueue()
-        Job.objects.filter(pk=job.pk).update(blocked_by=None, sweep_at=Now())
+        Job.objects.filter(pk=job.pk).update(blocked_by=None, send_at=Now())
         run = run_of(job)
         assert kinds(queries(run.claim)) == expected
 
@@ -227,13 +226,13 @@ def test_an_update_of_a_job_reads_no_backlog(by_key):
     first, *others = three = [run_of(job) for job in jobs]
     for run in three:
         by_key(claim, run.job_id, run.token)
-    by_key(runs.jobs_of(three).update, sweep_at=lease_end())
-    by_key(first.row.update, cursor=7, sweep_at=lease_end())
+    by_key(transitions.renew, runs.jobs_of(three))
+    by_key(transitions.report, first.row, cursor=7)
     end = {"id": first.job_id, "run_token": first.token, "result": 7, "message": ""}
     by_key(transitions.succeed, **end)
-    by_key(transitions.requeue, others[0].row)
+    by_key(transitions.release, others[0].row)
     by_key(cancel, Job.objects.filter(pk=jobs[1].pk))
-    by_key(transitions.requeue, runs.jobs_of(others))
+    by_key(transitions.release, runs.jobs_of(others))
 
 
 def test_the_job_of_a_unique_key_is_found_by_its_index(backlog):
@@ -273,7 +272,7 @@ def test_a_slot_is_handed_over_beside_a_long_transaction(snapshot):
     """Mostly, that reads none of the old row versions, which PostgreSQL can't remove then."""
     now = timezone.now()
     fields = {"task": alone.name, "queue": "celery", "due_at": now, "limit_key": "one"}
-    running = Job.objects.create(**fields, created_at=now, sweep_at=now)
+    running = Job.objects.create(**fields, created_at=now, send_at=now)
     first = Job.objects.create(**fields, created_at=now, blocked_by="one")
     multiply(first, 300, created_at="created_at + n * INTERVAL '1 second'")
     read = []
@@ -336,12 +335,13 @@ def test_a_scrape_scans_no_table():
             "TRUNCATE durable_jobs_job CASCADE"
         )  # and what other tests left in its indexes
         multiply(Job.objects.create(**fields, **final), 5000)
-        multiply(Job.objects.create(**fields, due_at=now, sweep_at=now), 50)
+        multiply(Job.objects.create(**fields, due_at=now, send_at=now), 50)
         cursor.execute("VACUUM ANALYZE durable_jobs_job")
         with CaptureQueriesContext(connection) as captured:
             list(Collector().collect())
         scans = [
-            "Index Only Scan using durable_jobs_job_active",
+            "Index Only Scan using durable_jobs_job_queued",
+            "Index Only Scan using durable_jobs_job_leased",
             "Index Only Scan using durable_jobs_job_blocked",
         ]
         scans += [

@@ -17,8 +17,8 @@ from kombu.asynchronous.timer import Timer
 from settings import SOURCE
 
 from durable_jobs import pools
+from durable_jobs.process import process
 from durable_jobs.worker import shutdown, startup
-from durable_jobs.worker.runs import process
 
 
 def test_a_pool_has_the_name_that_celery_has_for_it():

@@ -10,7 +10,7 @@ from celery import current_app as app
 from celery import signals
 from celery.app import routes
 from django.db import OperationalError, transaction
-from helpers import add, deliver, of_job, run_of, seconds_until_due
+from helpers import add, deliver, of_job, requeue, run_of, seconds_until_due
 
 from durable_jobs import messages, publish, transitions
 from durable_jobs.actions import cancel, run_all_again
@@ -174,7 +174,7 @@ def test_an_error_of_publishing_is_not_raised_to_the_caller(monkeypatch):
 def test_a_failed_publish_does_not_change_a_job_that_waits_for_its_retry(broker_down):
     """Publishing may report an error although the broker has taken the message."""
     job = enqueue(add, [1, 2])
-    transitions.requeue(run_of(job).row)
-    Job.objects.filter(pk=job.pk).update(times_sent=0, sweep_at=Now() + timedelta(seconds=600))
+    requeue(run_of(job).row)
+    Job.objects.filter(pk=job.pk).update(times_sent=0, send_at=Now() + timedelta(seconds=600))
     assert not publish.publish([job])
     assert seconds_until_due(job) > 500

@@ -9,7 +9,7 @@ from django.contrib.admin.models import LogEntry
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
-from helpers import JOBS, call, greet, listed, logged, multiply
+from helpers import JOBS, call, greet, listed, logged, multiply, runs_on
 
 from durable_jobs import publish
 from durable_jobs.database import Now
@@ -65,8 +65,7 @@ def work(workers, monkeypatch, commit):
         enqueue(greet, queue="special", countdown=60)
         enqueue(greet)
     first = Job.objects.filter(limit_key="tenant:a", blocked_by=None).first()
-    running = {"state": "running", "run_token": uuid.uuid4()}
-    Job.objects.filter(pk=first.pk).update(**running)
+    Job.objects.filter(pk=first.pk).update(**runs_on())
     old = [job.pk for job in jobs]
     Job.objects.filter(pk__in=old).update(due_at=Now() - timedelta(minutes=3, seconds=9))
     waiting = Job.objects.filter(queue="celery", due_at__lte=Now())
@@ -227,7 +226,7 @@ WORKERS = "/admin/durable_jobs/worker/"
 def run_on(worker, count, **fields):
     """Store running jobs of this worker."""
     lease_end = Now() + timedelta(seconds=30)
-    times = {"due_at": Now(), "started_at": timezone.now(), "sweep_at": lease_end}
+    times = {"due_at": Now(), "started_at": timezone.now(), "lease_ends_at": lease_end}
     fields = {"task": greet.name, "queue": "io", "state": "running", **times} | fields
     return Job.objects.bulk_create(
         Job(worker=worker, run_token=uuid.uuid4(), **fields) for _ in range(count)

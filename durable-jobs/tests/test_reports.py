@@ -6,9 +6,18 @@ from math import nan
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import OperationalError, transaction
-from helpers import add, claim, claim_and_lapse, deliver, run, run_of, seconds_until_due
+from helpers import (
+    add,
+    claim,
+    claim_and_lapse,
+    deliver,
+    finish,
+    requeue,
+    run,
+    run_of,
+    seconds_until_due,
+)
 
-from durable_jobs import transitions
 from durable_jobs.actions import run_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
@@ -43,7 +52,7 @@ def test_a_renewal_keeps_the_progress_of_a_resumed_job():
     Job.objects.update(cursor=7, progress=50)
     resumed = run_of(job)
     claim(job.pk, resumed.token)
-    Job.objects.update(message="Half of it", sweep_at=Now())
+    Job.objects.update(message="Half of it", lease_ends_at=Now())
     lease.write_and_renew([resumed])
     job.refresh_from_db()
     assert (job.progress, job.message) == (50, "Half of it")
@@ -70,7 +79,7 @@ def test_a_run_continues_at_the_cursor_of_the_last_run():
         task.report(1, 1)  # without a cursor, so it is not in the database yet
         job = Job.objects.get()
         seen.append((task.cursor, job.cursor, job.progress, job.message))
-        transitions.requeue(Job.objects.all(), crashes=job.crashes + 1)  # as after a crash
+        requeue(Job.objects.all(), crashes=job.crashes + 1)  # as after a crash
 
     job = run(function)
     stopped = ({"page": 5}, {"page": 5}, 50, "half done")
@@ -90,7 +99,7 @@ def test_a_cursor_that_cannot_be_stored_fails_the_job(cursor):
 )
 def test_run_again_keeps_the_cursor_unless_the_job_succeeded(published, state, cursor):
     job = enqueue(add, [1, 2])
-    transitions.finish(Job.objects.all(), state, cursor=7, progress=70)
+    finish(Job.objects.all(), state, cursor=7, progress=70)
     job.refresh_from_db()
     again = run_again(job)
     again.refresh_from_db()
@@ -131,7 +140,7 @@ def test_a_cursor_is_stored_in_the_transaction_of_the_task_function(update_error
     def function(task):
         for error in ZeroDivisionError, OperationalError:
             with suppress(error), transaction.atomic():
-                Job.objects.create(task="effect", queue="", sweep_at=Now())
+                Job.objects.create(task="effect", queue="", send_at=Now())
                 update_errors.append(error)
                 task.report(1, 2, cursor=7)
         with suppress(ZeroDivisionError), transaction.atomic():

@@ -16,12 +16,13 @@ from helpers import (
     enqueue_and_publish,
     lapse,
     messages_unless,
+    requeue,
     seconds_until_due,
     seconds_waited,
     sweeper,
 )
 
-from durable_jobs import admission, messages, publish, transitions
+from durable_jobs import admission, messages, publish
 from durable_jobs.beat import republish
 from durable_jobs.beat import sweeper as sweeper_module
 from durable_jobs.database import Now
@@ -259,7 +260,7 @@ def test_a_job_that_is_retried_while_others_are_refused_keeps_its_countdown(monk
         sent.append(job.pk)
         if job.pk == first.pk and len(sent) == tries:
             claim(first.pk)
-            transitions.requeue(Job.objects.filter(pk=first.pk), 3600, retries=1)
+            requeue(Job.objects.filter(pk=first.pk), 3600, retries=1)
         if job.pk == second.pk or tries == 2:
             raise ValueError("too large")
 
@@ -327,7 +328,7 @@ def test_the_sweeper_updates_100_rows_with_one_statement(published, monkeypatch)
     in_memory = []
     monkeypatch.setattr(republish, "send", lambda jobs: in_memory.append(len(jobs)))
     enqueue_many([add.using(countdown=1).s(1, 2)] * 250)
-    Job.objects.update(sweep_at=Now() - timedelta(seconds=1))
+    Job.objects.update(send_at=Now() - timedelta(seconds=1))
     with CaptureQueriesContext(connection) as captured:
         sweeper.sender.send_due()
     assert len([query for query in captured if query["sql"].startswith("UPDATE")]) == 3

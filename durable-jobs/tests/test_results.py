@@ -8,9 +8,8 @@ from celery import current_app as app
 from celery.backends.cache import CacheBackend
 from celery.result import AsyncResult
 from celery_steady import results
-from helpers import add, queries, run
+from helpers import add, finish, queries, run
 
-from durable_jobs import transitions
 from durable_jobs.celery import Celery
 from durable_jobs.enqueue import enqueue
 from durable_jobs.exceptions import JobError
@@ -33,6 +32,18 @@ def test_an_async_result_finds_a_job_by_its_id():
     publish([job])
     for result in AsyncResult(str(job.pk)), app.AsyncResult(str(job.pk)):
         assert (result.state, result.get()) == ("SUCCESS", 3)
+
+
+def test_an_async_result_reads_progress_as_that_of_a_plain_task():
+    seen = []
+
+    def function(task):
+        Job.objects.update(progress=25, message="Row 1")  # as report() stores it
+        result = AsyncResult(task.request.id)
+        seen.append((result.state, result.info))
+
+    run(function)
+    assert seen == [("PROGRESS", {"done": 25, "total": 100, "message": "Row 1"})]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +77,7 @@ def test_a_poll_of_a_plain_task_costs_one_query_by_primary_key():
 
 def test_a_backend_that_celery_steady_has_replaced_reads_jobs_too(monkeypatch):
     other = Celery("other", set_as_current=False, backend="redis://localhost/1")
-    results.replace(other)
+    results.prepare(other, None)
     assert isinstance(other.backend, results.KeepsResults)
     assert other.backend.connparams["db"] == 1
     result = add.delay(1, 2)
@@ -92,5 +103,5 @@ def test_get_waits_for_the_row_of_a_job(monkeypatch):
 )
 def test_an_async_result_says_how_a_job_ended(state, error, expected):
     result = add.delay(1, 2)
-    transitions.finish(Job.objects.all(), state, error=error)
+    finish(Job.objects.all(), state, error=error)
     assert (result.state, repr(result.result)) == expected

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 from celery import shared_task
 from django.utils import timezone
-from helpers import add, deliver, errors, run
+from helpers import add, claim, deliver, errors, run
 
 from durable_jobs import transitions
 from durable_jobs.enqueue import enqueue
@@ -30,13 +30,13 @@ def flaky(self, failures):
 
 
 def test_each_retry_waits_longer_than_the_one_before(monkeypatch):
-    requeue, delays = transitions.requeue, []
+    retry, delays = transitions.retry, []
 
-    def spy(self, delay=0, **changes):
+    def spy(jobs, failure, delay, **changes):
         delays.append(delay)
-        return requeue(self, delay, **changes)
+        return retry(jobs, failure, delay, **changes)
 
-    monkeypatch.setattr(transitions, "requeue", spy)
+    monkeypatch.setattr(transitions, "retry", spy)
     job = deliver(enqueue(flaky, [2]))
     assert (job.state, job.retries, job.crashes) == ("succeeded", 2, 0)
     assert delays == [10, 20]
@@ -131,6 +131,6 @@ def test_a_failure_has_the_error_that_led_to_the_retry(function, error, raised):
 def test_only_the_latest_twenty_failures_are_kept():
     job = enqueue(add, [1, 2])
     for number in range(23):
-        Job.objects.update(started_at=timezone.now())
-        assert transitions.requeue(Job.objects.all(), failure={"error": str(number)}) == 1
+        claim(job.pk, retries=job.retries)
+        assert transitions.retry(Job.objects.all(), {"error": str(number)}, 0) == 1
     assert errors(job) == [str(number) for number in range(3, 23)]

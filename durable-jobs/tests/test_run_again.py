@@ -12,9 +12,9 @@ from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from django.db import connection
 from django.utils import timezone
-from helpers import broken, call_concurrently, claim, collect, failed, follow, start, work
+from helpers import broken, call_concurrently, claim, collect, failed, finish, follow, start, work
 
-from durable_jobs import batches, transitions
+from durable_jobs import batches
 from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue
@@ -55,7 +55,7 @@ def test_a_failed_job_is_queued_again_in_its_own_row(published, user, commit, wa
     assert (row.finished_at, row.created_at, row.progress) == (None, created_at, 70)
     assert {name: getattr(row, name) for name in kept} == kept
     assert row.failures.count() == 1
-    for name in ("state", "retries", "crashes", "error", "progress", "due_at", "sweep_at"):
+    for name in ("state", "retries", "crashes", "error", "progress", "due_at", "send_at"):
         assert getattr(again, name) == getattr(row, name), name
 
 
@@ -94,7 +94,7 @@ def test_a_message_of_the_run_before_starts_the_job_once(published):
 def test_a_job_that_succeeded_is_enqueued_anew(published, user):
     batch = batches.enqueue([work.s(1)], owner=user)
     job = batch.jobs.get()
-    transitions.finish(Job.objects.all(), "succeeded", cursor=7, steps={"a": 1}, result=1)
+    finish(Job.objects.all(), "succeeded", cursor=7, steps={"a": 1}, result=1)
     batches.end(batch.pk)
     job.refresh_from_db()
     for again in run_again(job), *run_all_again(Job.objects.filter(pk=job.pk)):
@@ -225,7 +225,7 @@ def test_many_jobs_run_again(published, commit):
         job.state = ["failed", "cancelled", "succeeded", "queued"][n % 4]
         ended = job.state != "queued"
         job.finished_at = timezone.now() if ended else None
-        job.sweep_at = None if ended else timezone.now()
+        job.send_at = None if ended else timezone.now()
     Job.objects.bulk_create(rows)
     Job.objects.filter(pk=rows[0].pk).update(task="gone")
     with commit():
@@ -301,7 +301,7 @@ def test_run_again_while_a_batch_ends_loses_no_callback(monkeypatch):
 
     def finish(pk, state):
         Job.objects.filter(pk=pk).update(
-            state=state, finished_at=Now(), sweep_at=None, run_token=None
+            state=state, finished_at=Now(), send_at=None, run_token=None
         )
 
     def end(barrier, batch, members):

@@ -3,9 +3,9 @@
 import uuid
 
 import pytest
-from helpers import act, add, claim, claim_and_lapse, deliver, lapse, receive, run, run_of
+from helpers import act, add, claim, claim_and_lapse, deliver, lapse, receive, requeue, run, run_of
 
-from durable_jobs import publish, transitions
+from durable_jobs import publish
 from durable_jobs.actions import cancel
 from durable_jobs.beat.sweeper import recover_lapsed
 from durable_jobs.enqueue import enqueue
@@ -81,7 +81,7 @@ def test_a_process_runs_one_suspect_at_a_time():
 
 
 def replace_run():
-    transitions.requeue(Job.objects.all())
+    requeue(Job.objects.all())
     claim(Job.objects.get().pk)
 
 

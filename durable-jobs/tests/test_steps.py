@@ -6,9 +6,8 @@ from contextlib import suppress
 import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import OperationalError, connection, transaction
-from helpers import act, deliver, run
+from helpers import act, deliver, requeue, run
 
-from durable_jobs import transitions
 from durable_jobs.models import Job, Pause
 
 pytestmark = pytest.mark.django_db
@@ -28,7 +27,7 @@ def written():
 
 def crash():
     """Let this run lose its job, as after a crash."""
-    transitions.requeue(Job.objects.all(), crashes=1)
+    requeue(Job.objects.all(), crashes=1)
 
 
 def test_a_later_run_gets_the_stored_results_and_calls_no_function_again():

@@ -307,21 +307,21 @@ def test_a_task_function_that_survives_a_lost_connection_succeeds():
 def test_a_result_waits_for_an_unavailable_database(monkeypatch):
     read_only = InternalError()
     read_only.__cause__ = ReadOnlySqlTransaction()
-    finish, errors = transitions.finish, [OperationalError, InterfaceError, read_only]
+    succeed, errors = transitions.succeed, [OperationalError, InterfaceError, read_only]
 
-    def away(self, *args, **kwargs):
+    def away(**values):
         if errors:
             raise errors.pop()
-        return finish(self, *args, **kwargs)
+        return succeed(**values)
 
-    monkeypatch.setattr(transitions, "finish", away)
+    monkeypatch.setattr(transitions, "succeed", away)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    assert run(lambda task: "done").result == "done"
+    assert run(lambda task: "done").result == "done" and not errors
 
 
 # SQLSTATEs of errors after which the same query may succeed
 TEMPORARY = "25006 25P03 26000 42P05 0A000 40001 40P01 55P03 57P01 57P02 57P03 08006 53300".split()
-ENDS = {"claim": None, "succeed": None, "fail": OSError, "requeue": None}
+ENDS = {"claim": None, "succeed": None, "fail": OSError, "retry": None}
 
 
 @pytest.mark.django_db(transaction=True)  # it opens a new connection
@@ -344,7 +344,7 @@ def test_a_temporary_error_of_postgresql_does_not_end_a_job(monkeypatch, state, 
     monkeypatch.setattr("time.sleep", lambda seconds: None)
 
     def function(task):
-        if end == "requeue":
+        if end == "retry":
             task.retry(countdown=60, throw=False)  # the test's worker runs no other try
         if ENDS[end]:
             raise ENDS[end]
@@ -353,7 +353,7 @@ def test_a_temporary_error_of_postgresql_does_not_end_a_job(monkeypatch, state, 
     with connection.execute_wrapper(refuse):
         job = run(function)
     assert not errors
-    assert job.state == {"fail": "failed", "requeue": "queued"}.get(end, "succeeded")
+    assert job.state == {"fail": "failed", "retry": "queued"}.get(end, "succeeded")
 
 
 def test_a_value_that_is_too_large_for_the_database_is_not_retried_for_ever():

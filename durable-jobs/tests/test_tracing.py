@@ -28,6 +28,7 @@ from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.messages import MESSAGE_FIELDS, send
 from durable_jobs.models import Batch, Job
 from durable_jobs.tasks import JobTask
+from durable_jobs.worker import execution
 
 pytestmark = pytest.mark.django_db
 
@@ -84,7 +85,7 @@ def messages(broker, monkeypatch):
 
 
 def send_again():
-    Job.objects.update(times_sent=0, sweep_at=Now())  # as after a countdown, a retry or a crash
+    Job.objects.update(times_sent=0, send_at=Now())  # as after a countdown, a retry or a crash
     sweeper.sender.send_due()
 
 
@@ -178,7 +179,7 @@ def test_the_signal_after_publishing_is_sent_although_nobody_receives_the_one_be
 def test_a_job_that_runs_again_belongs_to_the_request_that_runs_it(calls):
     failed, succeeded = enqueue(add, [1, 2]), enqueue(add, [1, 2])
     cancel(failed)
-    Job.objects.filter(pk=succeeded.pk).update(state="succeeded", finished_at=Now(), sweep_at=None)
+    Job.objects.filter(pk=succeeded.pk).update(state="succeeded", finished_at=Now(), send_at=None)
     again = [run_again(job) for job in Job.objects.order_by("created_at")]
     assert [job.headers for job in again] == [{"tenant": 3}, {"tenant": 4}]
     assert calls == [str(job.pk) for job in [failed, succeeded, *again]]
@@ -204,9 +205,11 @@ def test_headers_of_apply_async_are_stored(messages, commit):
 
 def test_headers_of_a_message_that_another_app_has_sent_are_kept(commit):
     headers = {"tenant": 7, "durable_job": "its own"}
-    traced = add._traced_by(build_tracer(add.name, add, app=current_app))
+    tracer = build_tracer(add.name, add, app=current_app)
     with commit():
-        traced(id := str(uuid.uuid4()), [1, 2], {}, {"id": id, "headers": headers})
+        execution.trace(
+            add, tracer, id := str(uuid.uuid4()), [1, 2], {}, {"id": id, "headers": headers}
+        )
     job = Job.objects.get()
     assert (job.state, job.headers) == ("succeeded", headers)
 

@@ -103,7 +103,7 @@ def test_another_error_of_a_constraint_ends_run_again(monkeypatch):
     job = enqueue(add, [1, 2], unique="key")
     cancel(job)
     job.refresh_from_db()
-    monkeypatch.setattr(actions, "times", lambda *args, **options: {"sweep_at": None})
+    monkeypatch.setattr(actions, "times", lambda *args, **options: {"send_at": None})
     with pytest.raises(IntegrityError, match="durable_jobs_job_state"):
         run_again(job)
 

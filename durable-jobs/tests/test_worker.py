@@ -19,17 +19,27 @@ from celery.utils.imports import symbol_by_name
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from django.db import connection
-from helpers import act, add, claim, claim_and_lapse, lapse, of_job, receive, seconds_until_due
+from helpers import (
+    act,
+    add,
+    claim,
+    claim_and_lapse,
+    lapse,
+    of_job,
+    receive,
+    requeue,
+    seconds_until_due,
+)
 from kombu.asynchronous import Hub
 from settings import SOURCE
 
-from durable_jobs import pools, transitions
+from durable_jobs import pools
 from durable_jobs.enqueue import enqueue
-from durable_jobs.messages import fields_in, message_of
+from durable_jobs.messages import fields_in, is_job, message_of
 from durable_jobs.models import Job
+from durable_jobs.process import process
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker import children, execution, remote_control, startup
-from durable_jobs.worker.runs import process
+from durable_jobs.worker import children, remote_control, runs, startup
 
 pytestmark = pytest.mark.django_db
 
@@ -49,7 +59,7 @@ def test_the_job_of_a_killed_child_is_due_again_soon(monkeypatch, published):
     row = Job.objects.filter(pk=job.pk)
     own_token = fields_in(headers)["run_token"]
     for token, state, crashes in (uuid.uuid4(), "running", 0), (own_token, "queued", 1):
-        transitions.requeue(row)
+        requeue(row)
         claim(job.pk, token)
         children.recover_later(str(job.pk), headers)
         job.refresh_from_db()
@@ -122,9 +132,9 @@ def test_a_run_has_the_token_that_the_main_process_chose():
 
 @pytest.mark.parametrize("error", [SystemExit, RuntimeError])
 def test_a_job_that_its_worker_stopped_is_queued_whatever_its_clean_up_raises(monkeypatch, error):
-    monkeypatch.setattr(execution, "pool", pools.Threads())
+    monkeypatch.setattr(runs, "pool", pools.Threads())
     monkeypatch.setattr(pools, "terminate_handler_fired", lambda: True)
-    monkeypatch.setattr(execution, "child_has_crashed", lambda: False)
+    monkeypatch.setattr(runs, "child_has_crashed", lambda: False)
     act.function = Mock(side_effect=error)
     job = enqueue(act)
     with suppress(SystemExit):
@@ -162,7 +172,8 @@ def test_a_child_with_a_job_that_is_terminated_is_not_told_of_a_shutdown(
     message = Mock(
         headers={"id": "id", "task": task.name}, body="[[], {}, {}]", payload=[[], {}, {}]
     )
-    request = symbol_by_name(task.Request)(message, app=app)
+    kind = children.JobRequest if is_job(task) else symbol_by_name(task.Request)
+    request = kind(message, app=app)
     request.time_start, request.worker_pid = 1, 7
     monkeypatch.setitem(worker_state.requests, "id", request)
     pool = Mock()
@@ -210,7 +221,8 @@ from celery_steady.tasks import SteadyRequest
 from django.db import connection
 from helpers import add, of_job, plain
 from durable_jobs.pools import shutting_down
-from durable_jobs.worker import shutdown
+from durable_jobs.worker import execution, shutdown
+from durable_jobs.worker.children import JobRequest
 settings.app.conf.worker_soft_shutdown_timeout = int(sys.argv[2])
 Consumer.start = lambda consumer: None
 ended = []
@@ -229,6 +241,10 @@ start()
 path = f"{type(consumer).__module__}:{type(consumer).__qualname__}"
 assert path == "durable_jobs.worker.consumer:Consumer"
 assert all(issubclass(task.Request, SteadyRequest) for task in (add, plain))
+assert [issubclass(task.Request, JobRequest) for task in (add, plain)] == [True, False]
+def are_traced():
+    return [getattr(task.__trace__, "func", None) is execution.trace for task in (add, plain)]
+assert are_traced() == [True, False]
 assert all(hasattr(task.run, "_replaces_errors") for task in (add, plain))
 connection.ensure_connection()
 add.push_request(**of_job())
@@ -256,4 +272,23 @@ def test_a_worker_has_the_consumer_of_jobs(pool, timeout):
     """Its jobs raise what they like, and are released at its end, even without a soft shutdown."""
     command = [sys.executable, "-c", WORKER, pool, str(timeout)]
     variables = {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
+    subprocess.run(command, cwd=Path(__file__).parent, env=variables, check=True, timeout=60)
+
+
+CHILD = """
+import settings
+from celery.concurrency.prefork import process_initializer
+settings.app.conf.imports = ["helpers"]
+process_initializer(settings.app, "one@here")
+from helpers import add, plain
+from durable_jobs.worker import execution
+traced = [getattr(task.__trace__, "func", None) is execution.trace for task in (add, plain)]
+assert traced == [True, False]
+"""
+
+
+def test_a_child_that_is_a_new_interpreter_claims_jobs():
+    """As on macOS, where billiard forks none."""
+    command, variables = [sys.executable, "-c", CHILD], {"FORKED_BY_MULTIPROCESSING": "1"}
+    variables |= {**os.environ, "PYTHONPATH": str(SOURCE), "DJANGO_SETTINGS_MODULE": "settings"}
     subprocess.run(command, cwd=Path(__file__).parent, env=variables, check=True, timeout=60)

@@ -105,8 +105,8 @@ class ComposeStack(Site):
         """Run a command in a service's container and return what it prints."""
         return self.compose("exec", "-T", service, *command)
 
-    def make(self, target):
-        return self.project.call("make", target, **self.environment)
+    def make(self, *words):
+        return self.project.call("make", *words, **self.environment)
 
     def make_up(self):
         """Run `make up`, which prints addresses and passwords, and keep the token from there."""
@@ -211,8 +211,8 @@ def check_rights(containers, public=None):
         assert all(port["HostIp"] == address for [port] in ports), service
 
 
-def options_of(spec, container):
-    """Return what Docker needs to give a container the rights and volumes that its pod has."""
+def options_of(spec, container, project):
+    """Return what Docker needs to give a container its pod's rights, and a project's volumes."""
     rights, limits = container["securityContext"], container.get("resources", {"limits": {}})
     options = ["--init", "--user", str(spec["securityContext"]["runAsUser"])]
     options += [f"--cap-drop={name}" for name in rights["capabilities"]["drop"]]
@@ -224,7 +224,7 @@ def options_of(spec, container):
             size = folder["sizeLimit"].removesuffix("i")
             options += ["--tmpfs", f"{mount['mountPath']}:size={size}"]
         elif claim := volume.get("persistentVolumeClaim"):
-            options += ["--volume", f"{claim['claimName']}:{mount['mountPath']}"]
+            options += ["--volume", f"{project}-{claim['claimName']}:{mount['mountPath']}"]
         else:
             assert volume["configMap"]["optional"], mount
     if memory := limits["limits"].get("memory"):
@@ -261,11 +261,12 @@ class Pods(Site):
         variables = self.variables | {
             each["name"]: each["value"] for each in container.get("env", [])
         }
-        options = ["--network", f"{self.project.name}_default", *options_of(spec, container)]
+        own = self.project.name
+        options = ["--network", f"{own}_default", *options_of(spec, container, own)]
         for name, value in variables.items():
             options += ["--env", f"{name}={value}"]
         command = container.get("command", [])
-        self.containers.append(docker("run", "--detach", *options, self.project.name, *command))
+        self.containers.append(docker("run", "--detach", *options, own, *command))
         return self.containers[-1]
 
     def start(self):
@@ -333,7 +334,7 @@ def running_pods(stack):
         yield pods
     finally:
         docker("rm", "--force", *pods.containers)
-        docker("volume", "rm", "--force", "media")
+        docker("volume", "rm", "--force", f"{stack.project.name}-media")
         stack.compose("start", "worker", "beat")
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 
 from .bake import TEMPLATE
-from .mails import NEWSLETTER
+from .mails import NEWSLETTER, mails
 from .project import Project, wait_for
 
 # Seconds until a killed worker's tasks and jobs run again, shorter than the defaults
@@ -71,8 +71,18 @@ def run_tasks(site):
     kill_worker(site)
     print(f"  killed after {site.ask(SENT)} of 5000 emails; make run starts a new worker")
     wait_for(lambda: site.ask(SENT) == 5000, site=site)
-    print("  the task ran again and continued where it had stopped: 5000 of 5000")
+    print("  the task ran again and continued where it had stopped")
+    show_emails(site.project, most_lost=1, most_twice=0)
     return task_id
+
+
+def show_emails(project, most_lost, most_twice):
+    """Count those that arrived. A killed worker may have lost one, or another sent it twice."""
+    emails = mails(project).split("Subject: News")[1:]
+    to = [re.search(r"^To: (.*)", email, re.MULTILINE)[1] for email in emails]
+    lost, twice = 5000 - len({*to}), len(to) - len({*to})
+    print(f"  {len({*to})} of 5000 recipients have the email, {twice} of them twice")
+    assert lost <= most_lost and twice <= most_twice
 
 
 def kill_worker(site):
@@ -104,7 +114,9 @@ def run_jobs(site):
     url = post(site, "/api/orders/report/", {}, 202)
     follow(site, url, lambda: cancel(site, url), ends="cancelled")
     print("\nEmail a newsletter to 5,000 recipients, and kill -9 the worker in the middle")
-    return follow(site, post(site, "/api/newsletters/", LETTER, 202), lambda: kill_worker(site))
+    job = follow(site, post(site, "/api/newsletters/", LETTER, 202), lambda: kill_worker(site))
+    show_emails(site.project, most_lost=0, most_twice=1)
+    return job
 
 
 def cancel(site, url):

@@ -14,6 +14,11 @@ Recipient.objects.bulk_create(Recipient(newsletter=newsletter, email=email) for 
 """
 
 
+def mails(project):
+    """Return all mails that the project sent in development."""
+    return "".join(file.read_text() for file in project.glob(".data/mail/*"))
+
+
 class Mails(socketserver.ThreadingTCPServer):
     """Records the recipients of mails. Accepts `count` mails, and more once `proceed` is set."""
 

@@ -9,6 +9,7 @@ import pytest
 
 from . import servers
 from .bake import CHOICES, DEFAULTS, WITH_JOBS, baked, name, product
+from .mails import mails
 from .project import Console, Project, fetch, started, wait_for
 from .stack import SCHEDULE
 
@@ -224,11 +225,6 @@ def show_addresses(site):
     for label, address in found.items():
         status = fetch(address)[0]
         assert status == 200 or (label, status) == ("Flower", 401)  # without its password
-
-
-def mails(project):
-    """Return all mails that the project sent in development."""
-    return "".join(file.read_text() for file in project.glob(".data/mail/*"))
 
 
 def show_in_flower(site, done):

@@ -39,11 +39,10 @@ from django.db import connection, transaction
 from django.db.models import F, Q
 from django.db.models.functions import Now
 from faults.tasks import *
-from durable_jobs import batches, pauses
+from durable_jobs import batches, pauses, statistics
 from durable_jobs.actions import cancel, run_again, run_all_again
 from durable_jobs.enqueue import enqueue, enqueue_many
 from durable_jobs.states import ACTIVE, FINAL
-from durable_jobs.worker import heartbeat
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep, Worker
 from trials import tasks as plain
 """

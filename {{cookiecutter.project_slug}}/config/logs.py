@@ -5,6 +5,7 @@ import logging
 import re
 
 import structlog
+from django.http import UnreadablePostError
 from structlog import contextvars
 
 FORMATTER = structlog.stdlib.ProcessorFormatter
@@ -23,6 +24,7 @@ JSON = [
 LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
     "axes": logging.WARNING,  # only failed logins
     "django": logging.INFO,  # no queries, even if LOG_LEVEL is DEBUG
+    "django.security.DisallowedHost": logging.CRITICAL,  # scanners: no errors, also not in Sentry
 {% if has_flower %}
     "flower": logging.ERROR,
 {% endif %}
@@ -34,6 +36,8 @@ LEVELS = {  # the lowest that is logged, unless LOG_LEVEL is higher
     "celery.worker.strategy": logging.WARNING,
     "django.request": logging.CRITICAL,
     "django.server": logging.CRITICAL,
+    "gunicorn.access": logging.CRITICAL,
+    "gunicorn.error": logging.INFO,
 {% if has_jobs %}
     "django.tasks": logging.CRITICAL,
     "django_tasks": logging.CRITICAL,
@@ -52,12 +56,14 @@ def configure(debug, level):
         cache_logger_on_first_use=True,
     )
     output = CONSOLE if debug else JSON
+    logging.captureWarnings(not debug)  # those of Python, too
     formatter = {
         "()": FORMATTER,
         "foreign_pre_chain": PROCESSORS,
         "processors": [FORMATTER.remove_processors_meta, *output],
     }
-    loggers = {name: {"level": max(least, level)} for name, least in LEVELS.items()}
+    levels = {name: max(least, level) for name, least in LEVELS.items()}
+    loggers = {name: {"level": lowest, "propagate": True} for name, lowest in levels.items()}
     return {
         "version": 1,
         "disable_existing_loggers": False,
@@ -96,6 +102,19 @@ def show_exception(logger, method, event):
     return event
 
 
-def add_ids(event, hint):
-    """Show the ids that log lines have in Sentry, too."""
+def before_send(event, hint):
+    """Show the ids that log lines have in Sentry, too. A client that hangs up is no error."""
+    if issubclass(hint.get("exc_info", [Exception])[0], UnreadablePostError):
+        return None
     return {**event, "tags": {**event.get("tags", {}), **contextvars.get_contextvars()}}
+
+
+def send_errors(dsn, release):
+    """Send errors to Sentry. It is imported only here, because it slows each start by a sixth."""
+    import sentry_sdk
+    from sentry_sdk.integrations.celery import CeleryIntegration
+    from sentry_sdk.integrations.logging import ignore_logger
+
+    beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
+    sentry_sdk.init(dsn, release=release, before_send=before_send, integrations=[beat])
+    ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself

@@ -6,17 +6,17 @@ from dotenv import load_dotenv
 from environs import Env, validate
 from kombu import Queue
 {% print periodic_tasks.settings_imports | default %}
-{% print result_backend.settings_imports | default %}
 {% endset %}
 """Settings. What differs between machines comes from the environment: see .env.example."""
 
 import logging
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 {{ imports.sort(lines) }}
-from config import logs
+from config import database, logs
+from config.rest import *  # noqa: F403  the API and its schema
+from config.security import *  # noqa: F403  the policy of pages, passwords, lockout
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
@@ -48,6 +48,7 @@ INSTALLED_APPS = [
     "django_structlog",
     "celery_steady",  # `manage.py check` also finds tasks that would never run
     "axes",
+    "csp",
 {% if cookiecutter.result_backend == "database" %}
     "django_celery_results",
 {% endif %}
@@ -65,10 +66,10 @@ INSTALLED_APPS = [
 {% endif %}
 ]
 MIDDLEWARE = [
-    "api.middleware.HealthMiddleware",  # before middleware that checks the host or redirects
+    "config.middleware.HealthMiddleware",  # before middleware that checks the host or redirects
     "django.middleware.security.SecurityMiddleware",
-    "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
+    "csp.middleware.CSPMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -77,13 +78,16 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
     "django_structlog.middlewares.RequestMiddleware",
 {% if not has_jobs %}
-    "api.middleware.ErrorMiddleware",  # an unavailable broker is a 503
+    "config.middleware.UnavailableMiddleware",  # an unavailable broker is a 503
 {% endif %}
     "axes.middleware.AxesMiddleware",  # last
 ]
 TEMPLATES = [
     {
         "BACKEND": "django.template.backends.django.DjangoTemplates",
+{% if not has_jobs %}
+        "DIRS": [BASE_DIR / "templates"],
+{% endif %}
         "APP_DIRS": True,
         "OPTIONS": {
             "context_processors": [
@@ -103,6 +107,9 @@ LOGOUT_REDIRECT_URL = "index"
 # Files
 STATIC_URL = "static/"
 STATIC_ROOT = BASE_DIR / "staticfiles"
+{% if not has_jobs %}
+STATICFILES_DIRS = [BASE_DIR / "static"]
+{% endif %}
 WHITENOISE_KEEP_ONLY_HASHED_FILES = True
 MEDIA_ROOT = env.str("MEDIA_ROOT", str(BASE_DIR / ".data/media"))  # uploads
 STORAGES = {
@@ -113,35 +120,20 @@ STORAGES = {
 {% print durable_jobs.storage_settings | default %}
 
 # Database and cache
-database = env.dj_db_url(
+parsed = env.dj_db_url(
     "DATABASE_URL",
     conn_max_age=env.int("CONN_MAX_AGE", 60),  # seconds; under ASGI, 0: see config/asgi.py
     conn_health_checks=True,  # replace a connection that the server has closed
     disable_server_side_cursors=env.bool("DISABLE_SERVER_SIDE_CURSORS", False),  # for PgBouncer
 )
-DATABASES = {"default": database or {}}
-if database and database["ENGINE"] == "django.db.backends.sqlite3":
-    database["NAME"] = BASE_DIR / database["NAME"]
-    # The web server, the worker and Beat share one file: wait for a lock instead of failing.
-    database["OPTIONS"] = {
-        "transaction_mode": "IMMEDIATE",
-        "timeout": 20,
-        "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL",
-    }
-{% if has_jobs %}
-    database["TEST"] = {"NAME": BASE_DIR / "test.sqlite3"}  # a file, for live tests
-{% endif %}
-elif database:  # don't wait long for a server that has disappeared
-    timeouts = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # seconds; milliseconds
-    timeouts |= {"keepalives_idle": 5, "keepalives_interval": 5}  # and probe an idle connection
-    database["OPTIONS"] = timeouts | database.get("OPTIONS", {})
+DATABASES = {"default": database.configure(parsed, BASE_DIR)}
 {% if has_cache %}
 if cache_url := env.str("CACHE_URL", ""):
     CACHES = {
         "default": {
             "BACKEND": "django.core.cache.backends.redis.RedisCache",
             "LOCATION": cache_url,
-            "KEY_PREFIX": "{{ "{" ~ cookiecutter.project_slug ~ "}" }}",  # as Celery's keys
+            "KEY_PREFIX": "{{ "{" ~ cookiecutter.project_slug ~ "}" }}",  # Celery's keys have these braces, too
             # If the cache hangs, a request waits only one or two seconds.
             "OPTIONS": {"socket_timeout": 1, "socket_connect_timeout": 1},
         }
@@ -152,7 +144,7 @@ if cache_url := env.str("CACHE_URL", ""):
 email = "filebased" if DEBUG else "smtp"
 EMAIL_BACKEND = env.str("EMAIL_BACKEND", f"django.core.mail.backends.{email}.EmailBackend")
 EMAIL_FILE_PATH = BASE_DIR / ".data/mail"  # for the backend "filebased"
-EMAIL_HOST = env.str("EMAIL_HOST")
+EMAIL_HOST = env.str("EMAIL_HOST") if ".smtp." in EMAIL_BACKEND else env.str("EMAIL_HOST", "")
 EMAIL_PORT = env.int("EMAIL_PORT", 587)
 EMAIL_HOST_USER = env.str("EMAIL_HOST_USER", "")
 EMAIL_HOST_PASSWORD = env.str("EMAIL_HOST_PASSWORD", "")
@@ -162,88 +154,31 @@ EMAIL_TIMEOUT = 10  # seconds; without it a task would wait forever for a mail s
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL")
 
 # Security
+# Projects on one host, such as localhost, share its cookies whatever their port.
+SESSION_COOKIE_NAME = "{{ cookiecutter.project_slug }}_session"
+CSRF_COOKIE_NAME = "{{ cookiecutter.project_slug }}_csrf"
 SECURE_SSL_REDIRECT = SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = not DEBUG
 {% if has_jobs %}
 SECURE_REDIRECT_EXEMPT = [r"^metrics$"]  # for a Prometheus in the same private network
 {% endif %}
 SECURE_HSTS_SECONDS = 0 if DEBUG else 3600  # raise it once HTTPS works
-SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains: your decision
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]  # HSTS for subdomains, preload
 num_proxies = env.int("NUM_PROXIES", 0 if DEBUG else 1)
 IPWARE_META_PRECEDENCE_ORDER = ["REMOTE_ADDR"]
-if num_proxies:  # without a proxy, these headers could only come from a client: don't trust them
+if num_proxies:  # trust these headers only behind a proxy: otherwise a client may have sent them
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     IPWARE_META_PRECEDENCE_ORDER = ["HTTP_X_FORWARDED_FOR", "REMOTE_ADDR"]
     IPWARE_META_PROXY_COUNT = num_proxies - 1  # ipware does not count the last proxy
     IPWARE_STRICT = False  # ignore extra addresses, which a client can send
-CONTENT_SECURITY_POLICY = {  # pages run only the project's own scripts
-    "DIRECTIVES": {
-        "default-src": ["'self'"],
-        "style-src": ["'self'", "'unsafe-inline'"],  # for {{ '' if has_jobs else 'the page, ' }}Swagger UI and DRF's pages
-        "img-src": ["'self'", "data:"],
-        "base-uri": ["'none'"],
-        "form-action": ["'self'"],
-    }
-}
 AUTH_USER_MODEL = "users.User"
-AUTH_PASSWORD_VALIDATORS = [
-    {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
-    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator"},
-    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
-    {"NAME": "django.contrib.auth.password_validation.NumericPasswordValidator"},
-]
-AUTHENTICATION_BACKENDS = [
-    "axes.backends.AxesStandaloneBackend",
-    "django.contrib.auth.backends.ModelBackend",
-]
-AXES_FAILURE_LIMIT = 10  # wrong passwords lock an IP address out
-AXES_COOLOFF_TIME = timedelta(minutes=15)
-AXES_RESET_COOL_OFF_ON_FAILURE_DURING_LOCKOUT = False  # attempts during a lockout don't extend it
-AXES_DISABLE_ACCESS_LOG = True  # the log of successful logins would grow forever
 
 # API
 throttle = env.str("THROTTLE", "600/min", validate=validate.Regexp(r"\d+/[smhd]"))
-REST_FRAMEWORK = {
-    "DEFAULT_AUTHENTICATION_CLASSES": [
-        "rest_framework.authentication.TokenAuthentication",
-        "rest_framework.authentication.SessionAuthentication",
-    ],
-    "DEFAULT_PERMISSION_CLASSES": ["rest_framework.permissions.IsAuthenticated"],
-{% if has_jobs %}
-    "DEFAULT_PARSER_CLASSES": ["api.parsers.Parser"],
-{% endif %}
-    "DEFAULT_PAGINATION_CLASS": "rest_framework.pagination.PageNumberPagination",
-    "PAGE_SIZE": 20,
-    "DEFAULT_THROTTLE_CLASSES": ["api.throttling.Throttle"],
-    "DEFAULT_THROTTLE_RATES": {"user": throttle},
-    "DEFAULT_SCHEMA_CLASS": "drf_spectacular.openapi.AutoSchema",
-    "NUM_PROXIES": num_proxies,
-    "TEST_REQUEST_DEFAULT_FORMAT": "json",
-}
-SPECTACULAR_SETTINGS = {
-    "TITLE": {{ text.python(cookiecutter.project_name) }},
-    "VERSION": "1.0.0",
-{% if has_jobs %}
-    "POSTPROCESSING_HOOKS": [
-        "drf_spectacular.hooks.postprocess_schema_enums",
-        "api.schema.add_errors",
-    ],
-    "COMPONENT_SPLIT_REQUEST": True,  # responses may have blank texts, requests may not
-{% endif %}
-    "SERVE_PERMISSIONS": ["rest_framework.permissions.IsAuthenticated"],
-    "SWAGGER_UI_DIST": "SIDECAR",  # from this server, not from a CDN
-    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
-}
+REST_FRAMEWORK |= {"DEFAULT_THROTTLE_RATES": {"user": throttle}, "NUM_PROXIES": num_proxies}  # noqa: F405
 
 # Errors and traces
 if sentry_dsn := env.str("SENTRY_DSN", ""):
-    import sentry_sdk  # only if needed, because it slows each start by a sixth
-    from sentry_sdk.integrations.celery import CeleryIntegration
-    from sentry_sdk.integrations.logging import ignore_logger
-
-    beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
-    release = env.str("RELEASE", "") or None
-    sentry_sdk.init(sentry_dsn, release=release, before_send=logs.add_ids, integrations=[beat])
-    ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself
+    logs.send_errors(sentry_dsn, release=env.str("RELEASE", "") or None)
 if env.str("OTEL_EXPORTER_OTLP_ENDPOINT", ""):
     INSTALLED_APPS += ["config.tracing.Tracing"]  # traces: see docs/production.md
 
@@ -254,17 +189,14 @@ CELERY_TASK_TIME_LIMIT = env.int("TASK_TIME_LIMIT", 600)  # seconds
 {% print worker_pool.env_settings %}
 {% print durable_jobs.env_settings | default %}
 {% if has_flower %}
-FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", "")  # Flower refuses to start without it
+FLOWER_BASIC_AUTH = env.str("FLOWER_BASIC_AUTH", "")  # flowerconfig.py requires it
 FLOWER_PORT = env.int("FLOWER_PORT", {{ flower_port }})
 FLOWER_URL = env.str("FLOWER_URL", f"http://127.0.0.1:{FLOWER_PORT}/" if DEBUG else "")
 {% endif %}
 env.seal()  # raises one error for all that are missing or wrong, which are None until here
 
-# Celery: tasks
-{% if has_jobs %}
-# Redelivery, here and below, concerns plain tasks: Beat recovers jobs.
-{% endif %}
-CELERY_TASK_ACKS_LATE = True  # if a worker is killed, the broker delivers its tasks again
+# Celery: only what is this project's. It overrides the defaults of {{ "durable_jobs.celery" if has_jobs else "celery_steady" }}.Celery.
+# `celery -A config report` prints those, such as task_acks_late; celery-steady's README says why.
 {% print worker_pool.task_settings | default %}
 # The queues that a worker consumes by default; `--queues celery` limits it to that one.
 {% if broker.queue_options is defined %}
@@ -289,36 +221,16 @@ CELERY_TASK_CREATE_MISSING_QUEUES = False  # sending a task to another queue is 
 {% print periodic_tasks.settings | default %}
 
 {% print durable_jobs.settings | default %}
-{% if not has_jobs %}
-# What Celery lacks, from the package celery-steady. Without a line, Celery uses its own class.
-{% if broker.transport is defined %}
-CELERY_BROKER_TRANSPORT = {{ broker.transport }}
-{% endif %}
-CELERY_WORKER_CONSUMER = "celery_steady.consumer:Consumer"  # renews messages; SIGTERM has a limit
-CELERY_BEAT_SCHEDULER = {{ periodic_tasks.scheduler }}
-
-{% elif has_schedule_table %}
-CELERY_BEAT_SCHEDULER = {{ periodic_tasks.scheduler }}
-
-{% endif %}
-# Celery: broker
 {% print broker.settings %}
-CELERY_BROKER_CONNECTION_TIMEOUT = 1  # seconds
-CELERY_BROKER_POOL_ACQUIRE_TIMEOUT = 1
-
-# Celery: results
 {% if has_results %}
-{% print result_backend.settings %}
+{% print result_backend.settings | default %}
 CELERY_TASK_TRACK_STARTED = True  # clients see that a task is running
 {% elif not has_jobs %}
 CELERY_TASK_IGNORE_RESULT = True
 {% endif %}
-
-# Celery: workers
 {% print worker_pool.settings %}
 {% if has_flower %}
-CELERY_WORKER_SEND_TASK_EVENTS = True  # Flower shows each task's state,
-CELERY_TASK_SEND_SENT_EVENT = True  # also before a worker has the task
+CELERY_WORKER_SEND_TASK_EVENTS = True  # Flower shows each task's state
 {% endif %}
 
 # Logs

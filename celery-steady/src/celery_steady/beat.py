@@ -4,13 +4,12 @@ from contextlib import suppress
 
 from celery import beat
 
-from celery_steady import versions
-from celery_steady.patience import be_patient
+from celery_steady import defaults, versions
 
 
 class Patient:
     def __init__(self, app, *args, **kwargs):
-        be_patient(app)
+        defaults.for_beat(app)
         super().__init__(app, *args, **kwargs)
 
 
@@ -21,6 +20,8 @@ class Scheduler(Patient, beat.PersistentScheduler):
     """
 
     def setup_schedule(self):
+        for name, entry in self.app.conf.beat_schedule.items():
+            self._maybe_entry(name, entry)  # an error of a setting is not the file's
         try:
             super().setup_schedule()
         except Exception as error:

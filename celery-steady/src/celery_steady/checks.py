@@ -5,12 +5,14 @@ import os
 import re
 from urllib.parse import urlsplit
 
-from celery import current_app
+from celery import Task, current_app
 from celery.exceptions import QueueNotFound
 from celery.schedules import maybe_schedule
 from django.conf import settings
 from django.core.checks import Error, Warning, register
 from django.utils.module_loading import autodiscover_modules
+
+from celery_steady.transports import as_redis, kind
 
 CONSUMER_TIMEOUT = 1800  # seconds: RabbitMQ's own
 
@@ -46,16 +48,18 @@ def check_queues(app_configs, **kwargs):
 def check_functions(app_configs, **kwargs):
     """Find tasks whose call only returns a coroutine or a generator, so that nothing runs.
 
-    A class of tasks that runs coroutines says so with an attribute `_runs_coroutines`.
+    A class of tasks with a __call__ of its own may run them, or one says so with an attribute
+    `_runs_coroutines`. Some pools run coroutines, too, so this is no error.
     """
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     for task in all_tasks():
         run = inspect.unwrap(task.run)
-        if not getattr(task, "_runs_coroutines", False) and any(is_kind(run) for is_kind in kinds):
-            yield Error(
+        is_run = type(task).__call__ is not Task.__call__ or hasattr(task, "_runs_coroutines")
+        if not is_run and any(is_kind(run) for is_kind in kinds):
+            yield Warning(
                 f"A worker would not run {task.name}: it is async, or contains yield.",
                 hint="Call async code with asgiref.sync.async_to_sync(), in a plain function.",
-                id="celery_steady.E002",
+                id="celery_steady.W008",
             )
 
 
@@ -90,7 +94,7 @@ def check_time_limits(app_configs, **kwargs):
 @register(deploy=True)
 def check_consumer_timeout(app_configs, **kwargs):
     """Find tasks that a worker may hold so long that RabbitMQ delivers them a second time."""
-    if not str(current_app.conf.broker_url).startswith(("amqp", "pyamqp")):
+    if kind(current_app.conf.broker_url) != "amqp":
         return
     limit = getattr(settings, "RABBITMQ_CONSUMER_TIMEOUT", CONSUMER_TIMEOUT)
     for task in all_tasks():
@@ -136,9 +140,9 @@ def redis_urls():
         **{f"CACHES[{name!r}]": location for name, location in caches.items()},
     }
     for name, urls in named.items():
-        for url in [urls] if isinstance(urls, str) else urls or ():
-            if re.match("rediss?:|sentinel:", url):
-                yield name, url
+        for url in urls if isinstance(urls, (list, tuple)) else [urls]:
+            if isinstance(url, str) and kind(url) == "redis":
+                yield name, as_redis(url)
 
 
 @register(deploy=True)

@@ -2,20 +2,34 @@
 
 from inspect import isgenerator
 
-from celery.concurrency import asynpool
+from celery_steady.defaults import is_prefork
 
 
 def has_child(pool):
     """Return whether a child of this pool has started, and lives."""
-    return bool(pool._pool and pool._pool._fileno_to_inq)
+    # Without an event loop, as with brokers that have none, the pool doesn't say.
+    return bool(pool._pool and getattr(pool._pool, "_fileno_to_inq", True))
 
 
 def sent_jobs(pool):
     """Return the jobs that were written to a child, which has not yet said that it accepts them."""
+    from celery.concurrency import asynpool  # not in a web server on Windows, which can't import it
+
     if not pool._pool:  # the worker has stopped
         return []
     jobs = [job for job in tuple(pool._pool._cache.values()) if not job._accepted]
     return [job for job in jobs if job._write_to and not asynpool._get_job_writer(job)]
+
+
+def forget_unsent(pool):
+    """Forget jobs that couldn't be sent to a child, such as one whose arguments are nested too deeply to pickle.
+
+    The pool would keep them.
+    """
+    if is_prefork(pool) and not pool._pool.threads:
+        for job in tuple(pool._pool._cache.values()):
+            if not hasattr(job, "_payload"):
+                job.discard()
 
 
 class HalfRead:

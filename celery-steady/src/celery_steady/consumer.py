@@ -6,14 +6,15 @@ from logging import getLogger
 
 from billiard.compat import mem_rss
 from celery import signals
-from celery.concurrency import prefork, solo, thread
+from celery.exceptions import InvalidTaskError
 from celery.worker import consumer
 
 from celery_steady import (
     children,
+    defaults,
     django,
     malformed,
-    rabbitmq,
+    rabbitmq_steps,
     renewal,
     results,
     shutdown,
@@ -23,7 +24,6 @@ from celery_steady import (
 )
 from celery_steady.events import BatchedEvents
 from celery_steady.liveness import touch_liveness_file
-from celery_steady.patience import be_patient
 
 logger = getLogger(__name__)
 
@@ -44,34 +44,30 @@ class Consumer(StockConsumer):
     class Blueprint(consumer.Consumer.Blueprint):
         default_steps = [
             *(
-                rabbitmq.DelayedDelivery if step == DELAYED_DELIVERY else step
+                rabbitmq_steps.DelayedDelivery if step == DELAYED_DELIVERY else step
                 for step in consumer.Consumer.Blueprint.default_steps
             ),
-            rabbitmq.NoticeLostConnection,
+            rabbitmq_steps.NoticeLostConnection,
             renewal.KeepMessages,
             shutdown.SoftStop,
             BatchedEvents,
         ]
 
     is_stopping = is_main = False
+    ends_by_error = False  # not by a signal, a limit, or celery control
 
     def __init__(self, *args, pool=None, app=None, worker_options=None, **kwargs):
-        be_patient(app)
-        renewal.prepare(app, pool)
-        results.replace(app)
-        results.insist(app, pool)
+        defaults.for_worker(app, pool)
+        results.prepare(app, pool)
         if django.is_used():
             django.prepare_worker()
-        self.is_prefork = isinstance(pool, prefork.TaskPool)
+        self.is_prefork = defaults.is_prefork(pool)
         if self.is_prefork:  # before it forks its children
             for task in app.tasks.values():
                 tasks.let_end(task)
             warn_of_memory(pool)
-        if getattr(pool, "is_green", False) and worker_options is not None:
+        if defaults.is_green(pool) and worker_options is not None:
             worker_options["without_gossip"] = True  # gossip can stop redelivery there
-        if isinstance(pool, (solo.TaskPool, thread.TaskPool)):
-            # They can't cancel a task: Celery would fail to, after a lost connection.
-            app.conf.worker_cancel_long_running_tasks_on_connection_loss = False
         self.has_limit = pool is not None and self.is_limited(app)
         # Celery would wait for the last thread or greenlet.
         self.ends_late = self.has_limit and not pool.signal_safe
@@ -84,7 +80,11 @@ class Consumer(StockConsumer):
         # Tests make a worker in one thread, and start it in another. That must neither handle
         # signals nor end the process.
         self.is_main = threading.current_thread() is threading.main_thread()
-        super().start()
+        try:
+            super().start()
+        except Exception:
+            self.ends_by_error = True
+            raise
 
     def on_heartbeat(self, **kwargs):
         if not self.is_prefork or children.has_child(self.pool):
@@ -111,8 +111,18 @@ class Consumer(StockConsumer):
         if not unknown.keep(self, message):
             super().on_unknown_task(body, message, exc)
 
+    def on_unknown_message(self, body, message):
+        self.drop(message, InvalidTaskError("This is no task's message."))
+
+    def on_invalid_task(self, body, message, exc):
+        self.drop(message, exc)
+
     def on_decode_error(self, message, exc):
-        malformed.drop(self, message, exc)
+        self.drop(message, exc)
+
+    def drop(self, message, error):
+        malformed.drop(message, error)
+        signals.task_rejected.send(sender=self, message=message, exc=error)
 
     # A lost connection
 
@@ -133,8 +143,8 @@ class Consumer(StockConsumer):
     # The end
 
     def is_limited(self, app):
-        """Return whether this worker's shutdown is limited."""
-        return shutdown.is_wanted(app)
+        """Return whether this worker's shutdown is limited. Without the setting it waits for all tasks, as Celery does."""
+        return app.conf.worker_soft_shutdown_timeout > 0
 
     def announce_shutdown(self, sig=""):
         """Send Celery's signal, unless it was sent: Celery does so only if a signal ends the worker."""

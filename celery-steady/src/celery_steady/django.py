@@ -6,7 +6,7 @@ from celery import signals
 
 
 def is_used():
-    return "DJANGO_SETTINGS_MODULE" in os.environ
+    return bool(os.environ.get("DJANGO_SETTINGS_MODULE"))
 
 
 def prepare_worker():
@@ -14,7 +14,7 @@ def prepare_worker():
 
     for connection in connections.all():
         if "connect_timeout" in (options := connection.settings_dict["OPTIONS"]):
-            options["connect_timeout"] = max(30, options["connect_timeout"])  # seconds
+            options["connect_timeout"] = max(30, int(options["connect_timeout"]))  # seconds
     signals.task_prerun.connect(check_connections)
     # The main process has connections of its own: link_error and task_failure of a child that was lost.
     signals.heartbeat_sent.connect(check_connections)

@@ -1,24 +1,42 @@
-"""Messages that are no task's: a worker drops them. Celery would end, as would each worker that gets them next."""
+"""Messages that end with an error: each is a dead letter, and the worker goes on.
+
+With stock Celery, such a message ends one worker after the other, or occupies a slot forever.
+"""
 
 from logging import getLogger
+
+from kombu.utils.encoding import safe_repr
 
 logger = getLogger(__name__)
 
 
 def handle_or_drop(consumer, handle, message):
-    """Call `handle` with this message, if it is a task's."""
+    """Call `handle` with this message. An error ends the message only, if it can be the cause."""
     try:
-        # The headers of Celery 3 are in the payload.
-        fields = message.headers if "task" in message.headers else message.payload
-        fields["task"] + fields["id"]  # texts
-        if "args" not in message.payload:
-            _, _, _ = message.payload
-    except Exception as error:  # kombu's payload raises various ones
-        drop(consumer, message, error)
-    else:
         handle(message)
+    except Exception as error:  # whatever a header of a wrong type leads to
+        if is_other(error, consumer.connection_errors + consumer.channel_errors):
+            raise
+        consumer.drop(message, error)
 
 
-def drop(consumer, message, error):
-    logger.error("dropped a message that is no task's: %r %.200r", error, message.body)
-    message.ack_log_error(logger, consumer.connection_errors)
+def is_other(error, lost):
+    """Return whether this error has another cause: the broker is away, or there is no memory, or no thread."""
+    its = isinstance(error, Exception) and type(error) is not RuntimeError
+    return not its or isinstance(error, (MemoryError, *lost))
+
+
+def drop(message, error):
+    """Reject this message: the broker keeps it as a dead letter, or deletes it."""
+    log(message, error)
+    try:
+        if not message.acknowledged:
+            message.reject()
+    except Exception as reason:  # then the worker keeps it until it ends
+        logger.error("could not reject the message: %r", reason)
+
+
+def log(message, error):
+    body = getattr(message, "body", message)
+    start = body[:200] if isinstance(body, (bytes, str)) else body
+    logger.error("rejected a message: %.500s %.200s", safe_repr(error), safe_repr(start))

@@ -10,17 +10,9 @@ from logging import getLogger
 from amqp.exceptions import RecoverableConnectionError
 from kombu.transport import virtual
 
-logger = getLogger(__name__)
+from celery_steady.waiting import log_waiting
 
-# Properties of a delivery, which a message that is sent again must not have
-DELIVERED = {
-    "application_headers",
-    "body_encoding",
-    "deliveries",
-    "delivery_info",
-    "delivery_mode",
-    "delivery_tag",
-}
+logger = getLogger(__name__)
 
 
 class Message(virtual.Message):
@@ -56,21 +48,9 @@ def due_time(payload):
     """Return when this message's task may start, as a timestamp, or 0 if it doesn't say."""
     try:
         eta = datetime.fromisoformat(payload["headers"]["eta"])
-    except (KeyError, TypeError, ValueError):
+        return eta.timestamp() if eta.tzinfo else 0
+    except (KeyError, TypeError, ValueError, OverflowError):
         return 0
-    return eta.timestamp() if eta.tzinfo else 0
-
-
-def send_again(producer, message, headers, queue=None):
-    """Send a received message as a new one, with these headers: to this queue, or where it was sent to."""
-    info = message.delivery_info
-    place = {"exchange": info["exchange"], "routing_key": info["routing_key"]}
-    if queue:
-        place = {"exchange": "", "routing_key": queue}
-    properties = {key: value for key, value in message.properties.items() if key not in DELIVERED}
-    properties["content_type"] = message.content_type
-    properties["content_encoding"] = message.content_encoding
-    producer.publish(message.body, headers=headers, **properties, **place)
 
 
 class KeepingChannel:
@@ -79,10 +59,21 @@ class KeepingChannel:
     Message = Message
     unacknowledged = None  # of a worker: its set of messages whose acknowledgement failed
     errors = ()  # of the broker's client
+    renews = False  # whether a worker renews what this channel takes
+    ends_by_error = False  # whether the worker does: then its messages count as if it was killed
 
-    def renew(self):
-        """Let the broker wait for this channel's messages as long again as when they were delivered."""
+    @property
+    def pause(self):
+        """The seconds between two renewals: three of them may fail."""
+        return min(self.visibility_timeout / 5, 24)
+
+    def renew(self, messages):
+        """Let the broker wait for these messages as long again as when they were delivered."""
         raise NotImplementedError
+
+    def restore_lapsed(self):
+        """Put back messages of dead workers. Return whether there may be more."""
+        return False
 
     def delay(self, queue, payload, due):
         """Let the broker keep this message until that time. Return whether it does."""
@@ -95,8 +86,12 @@ class KeepingChannel:
 
         def deliver_or_delay(payload):
             due = due_time(payload)
-            if due <= time.time() or not self.delay(queue, payload, due):
-                deliver(payload)
+            try:
+                if due > time.time() and self.delay(queue, payload, due):
+                    return
+            except Exception as error:  # then the worker waits
+                log_waiting(logger, f"let a countdown of {queue} wait in the broker", error)
+            deliver(payload)
 
         if not no_ack:
             self.connection._callbacks[queue] = deliver_or_delay

@@ -1,17 +1,11 @@
-"""RabbitMQ: countdowns that are short or early, queues that are declared in time, lost connections.
-
-An app of this class is needed for the countdowns; the worker's consumer brings the rest.
-"""
+"""RabbitMQ: an app whose countdowns may be short or early. rabbitmq_steps.py is what a worker has."""
 
 from datetime import datetime
 from functools import partial
 
 import celery
 from amqp.exceptions import NotFound
-from celery.bootsteps import StartStopStep
 from celery.utils.quorum_queues import detect_quorum_queues
-from celery.worker.consumer import delayed_delivery
-from celery.worker.consumer.tasks import Tasks
 from kombu.common import ignore_errors
 from kombu.transport.native_delayed_delivery import (
     bind_queue_to_native_delayed_delivery_exchange,
@@ -69,50 +63,3 @@ def declare_queues(app, connection):
         # A queue that exists with other arguments is an error only for the workers that use it.
         with ignore_errors(connection), connection.channel() as channel:
             queue(channel).declare()
-
-
-class DelayedDelivery(delayed_delivery.DelayedDelivery):
-    """Declares all queues before it binds them to the exchange of countdowns.
-
-    Otherwise RabbitMQ drops the countdowns of a queue whose own worker has not yet started
-    (celery issue 9960).
-    """
-
-    name = delayed_delivery.DelayedDelivery.name  # replaces it
-
-    def start(self, consumer):
-        declare_queues(consumer.app, consumer.connection)
-        super().start(consumer)
-
-
-class NoticeLostConnection(StartStopStep):
-    """Reconnects if a greenlet that acknowledged a task found the connection lost.
-
-    The event loop would wait forever: kombu opens it another connection, which consumes no queue
-    (celery issue 3377).
-    """
-
-    requires = (Tasks,)
-    timer = None  # Celery also stops steps that a failed connection did not let start
-
-    def include_if(self, consumer):
-        is_gevent = getattr(consumer.pool, "is_green", False)
-        return is_gevent and consumer.conninfo.transport.driver_type == "amqp"
-
-    def start(self, consumer):
-        import gevent  # installed, because the pool is gevent's
-
-        loop, connection = gevent.getcurrent(), consumer.connection
-        self.opened = opened = connection.connection
-
-        def check():
-            if self.opened is opened and not (opened.connected and connection.connected):
-                self.opened = None
-                gevent.kill(loop, ConnectionResetError("noticed in a greenlet"))
-
-        self.timer = consumer.timer.call_repeatedly(1, check)
-
-    def stop(self, consumer):
-        self.opened = None
-        if self.timer:
-            self.timer.cancel()

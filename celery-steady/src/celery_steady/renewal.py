@@ -1,36 +1,25 @@
 """Keeps the broker from delivering the messages of a worker again while it is alive."""
 
-import threading
+import _thread
+import sys
 import time
+from functools import partial
 from logging import getLogger
 
 from celery.bootsteps import StartStopStep
-from celery.concurrency import solo
 from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 from kombu.transport import virtual
 
+from celery_steady.waiting import log_waiting
+
 logger = getLogger(__name__)
 
-VISIBILITY_SECONDS = 120  # until a killed worker's tasks run again, if the settings don't say
-
-
-def prepare(app, pool):
-    """Set what the settings don't say: how soon another worker gets the messages of a dead one."""
-    transport = app.connection_for_read().transport
-    if not hasattr(getattr(transport, "Channel", None), "renew"):
-        return
-    # After a lost connection, Celery would take fewer messages. Those of running tasks count already:
-    # KeepMessages keeps them.
-    app.conf.worker_enable_prefetch_count_reduction = False
-    options = {"visibility_timeout": VISIBILITY_SECONDS}
-    if transport.driver_type == "redis":
-        # KeepMessages looks for messages of dead workers more often than kombu's timer.
-        options["unacked_restore_interval"] = 100
-        if getattr(pool, "is_green", False):
-            # Each greenlet that acknowledges a task takes a connection. With kombu's limit of 10, some fail.
-            options["max_connections"] = pool.limit + 100
-    app.conf.broker_transport_options = options | app.conf.broker_transport_options
+# gevent's own wait for its loop, and a process that ends meanwhile crashes.
+start_thread, sleep = _thread.start_new_thread, time.sleep
+if gevent := sys.modules.get("gevent.monkey"):
+    start_thread = gevent.get_original("_thread", "start_new_thread")
+    sleep = gevent.get_original("time", "sleep")
 
 
 class KeepMessages(StartStopStep):
@@ -52,7 +41,7 @@ class KeepMessages(StartStopStep):
         if not hasattr(channel, "renew"):  # of another broker, or stock
             return
         before, self.channel = self.channel, channel
-        channel.unacknowledged = self.unacknowledged
+        channel.unacknowledged, channel.renews = self.unacknowledged, True
         # Otherwise kombu 5.7 would put the messages of running tasks back into their queue.
         channel.do_restore = False
         kept = list(before.qos._delivered.values()) if before else []
@@ -60,14 +49,17 @@ class KeepMessages(StartStopStep):
         for message in kept:
             self.take(message)
         self.renew(consumer.timer, channel)
-        if isinstance(consumer.pool, solo.TaskPool):
-            threading.Thread(target=self.renew_beside, args=(channel,), daemon=True).start()
+        self.restore(consumer.timer, channel)
+        if not consumer.is_prefork:
+            connection = consumer.connection.clone()
+            start_thread(partial(self.renew_beside, connection, channel), ())
         # When the event loop has run for a second, it knows which tasks have started or ended meanwhile.
         wait = 1, self.release, (consumer, channel, kept)
         consumer.timer.call_after(0, consumer.timer.call_after, wait)
 
     def shutdown(self, consumer):
         if self.channel:
+            self.channel.ends_by_error = consumer.ends_by_error
             self.channel.do_restore = True  # what hasn't ended is for other workers
 
     def take(self, message):
@@ -77,23 +69,36 @@ class KeepMessages(StartStopStep):
     def renew(self, timer, channel):
         if channel.closed:
             return  # the next one has a round of its own
-        timer.call_after(pause(channel), self.renew, (timer, channel))
+        timer.call_after(channel.pause, self.renew, (timer, channel))
         # If ack() fails again, it adds the message again.
         failed = set(self.unacknowledged)
         self.unacknowledged -= failed
         for message in failed:
             self.take(message)
             message.ack()
-        channel.renew()
+        channel.renew(messages_of(channel))
 
-    def renew_beside(self, channel):
-        """Solo: while a task runs, no timer does."""
+    def restore(self, timer, channel):
+        """Put back messages of dead workers, but let this one do something else now and then."""
+        if channel.closed:
+            return
+        may_be_more = False
+        try:
+            may_be_more = channel.restore_lapsed()
+        finally:
+            seconds = 0.2 if may_be_more else channel.pause
+            timer.call_after(seconds, self.restore, (timer, channel))
+
+    def renew_beside(self, connection, channel):
+        """All but prefork: no timer runs while a task blocks the event loop, or a worker that stops waits for threads."""
         while not channel.closed:
             try:
-                channel.renew()
-            except channel.errors as error:
-                logger.warning("Could not renew messages: %r", error)
-            time.sleep(pause(channel))
+                connection.default_channel.renew(messages_of(channel))
+            except Exception as error:
+                log_waiting(logger, "renew messages", error)
+                connection.collapse()
+            sleep(channel.pause)
+        connection.release()
 
     def release(self, consumer, channel, messages):
         """Put back what was still waiting when the connection was lost: Celery has dropped it."""
@@ -106,6 +111,5 @@ class KeepMessages(StartStopStep):
                 message.requeue()
 
 
-def pause(channel):
-    """Return the seconds between two rounds: three of them may fail."""
-    return channel.visibility_timeout / 5
+def messages_of(channel):
+    return list(channel.qos._delivered.values())

@@ -1,12 +1,13 @@
 """Result backends that keep each result. The worker's consumer replaces Celery's own by these."""
 
-from math import inf
+import threading
 
 from celery import signals, states
 from celery.app import backends
-from celery.concurrency import prefork
+from celery.utils.imports import symbol_by_name
 
-from celery_steady import versions
+from celery_steady import defaults, versions
+from celery_steady.transports import as_redis
 
 INSTEAD_OF = {
     "celery.backends.redis:RedisBackend": "celery_steady.redis:RedisBackend",
@@ -18,26 +19,30 @@ INSTEAD_OF = {
 }
 
 
-def replace(app):
-    """Replace the result backend of the settings, if it is one of Celery's that has a class here."""
-    kind, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+def by_url(app):
+    """Return the class of the app's result backend, ours in place of Celery's, and its URL."""
+    url = as_redis(app.backend_cls or app.conf.result_backend)
+    kind, url = backends.by_url(url, app.loader)
     path = INSTEAD_OF.get(f"{kind.__module__}:{getattr(kind, '__qualname__', '')}")
     if path and versions.fits("results"):
-        app.backend_cls = f"{path}+{url}" if url else path
+        kind = symbol_by_name(path)
+    return kind, url
 
 
-def insist(app, pool):
-    """Store each result again until it succeeds, as result_backend_always_retry does.
+def prepare(app, pool):
+    """Before a worker starts: replace the result backend, and let a prefork worker's children insist.
 
-    With prefork only in the children: the worker's main process must go on, or its messages would be
+    They store each result again until it succeeds. The main process must go on, or its messages would be
     delivered again.
     """
-    in_children = isinstance(pool, prefork.TaskPool)
-    app.conf.result_backend_always_retry = not in_children
-    app.conf.result_backend_max_retries = inf  # a web process may retry once
-    # What counts a chord's ended tasks is not retried otherwise: a lost connection would fail the task.
-    app.conf.redis_retry_on_timeout = True
-    if not in_children:
+    kind, url = by_url(app)
+    if kind.__module__.startswith("celery_steady."):
+        path = f"{kind.__module__}:{kind.__qualname__}"
+        app.backend_cls = f"{path}+{url}" if url else path
+    # A backend that was used before has the settings of then.
+    app._backend_cache, app._local = None, threading.local()
+    name = "result_backend_always_retry"
+    if not defaults.is_prefork(pool) or defaults.own(app.conf).get(name) is not None:
         return
 
     def insist_in_child(**kwargs):
@@ -47,15 +52,15 @@ def insist(app, pool):
 
 
 class KeepsResults:
-    def _store_result(self, task_id, result, state, *args, **kwargs):
-        """Don't let the state RETRY, stored late, replace a result.
+    """In each subclass, the state RETRY, stored late, doesn't replace a result: it looks and writes in one step.
 
-        A task sends its retry before it stores this state, for which it may have to wait for the backend.
-        By then, the retry may have ended (celery pull 6115 cures one backend).
-        """
-        if state == states.RETRY and self.get_state(task_id) in states.READY_STATES:
-            return result
-        return super()._store_result(task_id, result, state, *args, **kwargs)
+    A task sends its retry before it stores this state, for which it may have to wait for the backend.
+    By then, the retry may have ended (celery pull 6115 cures one backend).
+    """
+
+    def is_result(self, stored):
+        """Return whether this is a result, as it is stored."""
+        return bool(stored) and self.decode_result(stored)["status"] in states.READY_STATES
 
     def mark_as_retry(self, task_id, exc, traceback=None, request=None, **kwargs):
         """Don't store the state RETRY of a task with ignore_result=True: no success would replace it.

@@ -17,19 +17,13 @@ from celery.bootsteps import StartStopStep
 from celery.worker import state
 from celery.worker.consumer.tasks import Tasks
 
+from celery_steady import defaults
+
 logger = getLogger(__name__)
 
-# Until a child that doesn't end is killed, and until a worker then ends that doesn't end. Supervisors wait
-# ten seconds or more after the timeout.
+# Seconds until a child that won't end is killed, and then until the worker's process exits regardless.
+# Supervisors wait ten seconds or more after the timeout.
 KILL_SECONDS, EXIT_SECONDS = 5, 3
-
-
-def is_wanted(app):
-    """Return whether a worker should limit its shutdown.
-
-    Without worker_soft_shutdown_timeout it waits for all tasks, as Celery does.
-    """
-    return app.conf.worker_soft_shutdown_timeout > 0
 
 
 class SoftStop(StartStopStep):
@@ -81,8 +75,9 @@ class SoftStop(StartStopStep):
     def check(self, consumer):
         if not self.running() or time.monotonic() >= self.deadline:
             self.timer.cancel()
-            consumer.app.conf.worker_soft_shutdown_timeout = 0  # it has waited
+            defaults.override(consumer.app.conf, "worker_soft_shutdown_timeout", 0)  # it has waited
             signal.raise_signal(signal.SIGQUIT)
+            state.maybe_shutdown()  # before the next timer: the pool has stopped
 
 
 def limit_children(consumer, seconds, exitcode):

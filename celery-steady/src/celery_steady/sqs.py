@@ -10,6 +10,7 @@ from kombu.transport import SQS
 
 from celery_steady import versions
 from celery_steady.messages import KeepingChannel, due_time
+from celery_steady.waiting import log_waiting
 
 logger = getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Channel(KeepingChannel, SQS.Channel):
         return polled
 
     def _poll_later(self, queue, error):
-        logger.warning("A poll of the SQS queue %s failed: %r", queue, error)
+        log_waiting(logger, f"poll the SQS queue {queue}", error)
         self.hub.call_later(1, self._schedule_queue, queue)
 
     def _message_to_python(self, message, queue_name, q_url):
@@ -75,25 +76,35 @@ class Channel(KeepingChannel, SQS.Channel):
         self._change_visibility(payload["properties"], seconds)
         return True
 
+    def sqs(self, queue=None):
+        """Return boto's client for a queue. kombu also asks by a name that isn't in predefined_queues."""
+        if queue and queue not in self.predefined_queues:
+            queue = self.canonical_queue_name(queue)
+        return super().sqs(queue)
+
+    def client_of(self, url):
+        """Return boto's client for the queue with this URL. predefined_queues may have several."""
+        queues = self.predefined_queues.items()
+        return self.sqs(next((name for name, queue in queues if queue["url"] == url), None))
+
     def _change_visibility(self, properties, seconds):
         info = properties["delivery_info"]
-        self.sqs(info["routing_key"]).change_message_visibility(
+        self.client_of(info["sqs_queue"]).change_message_visibility(
             QueueUrl=info["sqs_queue"],
             ReceiptHandle=properties["delivery_tag"],
             VisibilityTimeout=seconds,
         )
 
     def _restore(self, message):
-        """Give an unfinished task's message back at once, not after 20 s (kombu pull 2049)."""
+        """Release an unfinished task's message immediately, not after 20 s (kombu pull 2049)."""
         self._change_visibility(message.properties, 0)
 
-    def renew(self):
+    def renew(self, messages):
         queues = {}
-        for message in list(self.qos._delivered.values()):
+        for message in messages:
             info = message.delivery_info
-            handles = queues.setdefault((info["routing_key"], info["sqs_queue"]), [])
-            handles.append(message.delivery_tag)
-        for (name, url), handles in queues.items():
+            queues.setdefault(info["sqs_queue"], []).append(message.delivery_tag)
+        for url, handles in queues.items():
             for first in range(0, len(handles), 10):  # as many as a request may have
                 entries = [
                     {
@@ -105,9 +116,11 @@ class Channel(KeepingChannel, SQS.Channel):
                 ]
                 try:
                     # The answer lists those that failed, because they have just been acknowledged.
-                    self.sqs(name).change_message_visibility_batch(QueueUrl=url, Entries=entries)
+                    self.client_of(url).change_message_visibility_batch(
+                        QueueUrl=url, Entries=entries
+                    )
                 except self.errors as error:  # the next round may succeed
-                    logger.warning("Could not renew messages of %s: %r", name, error)
+                    log_waiting(logger, f"renew messages of {url}", error)
 
 
 class Transport(SQS.Transport):

@@ -5,12 +5,15 @@ that knows it may have started. After an hour, Celery's way.
 """
 
 import time
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from logging import getLogger
 
+from amqp.exceptions import ChannelError
+from celery.exceptions import InvalidTaskError
 from kombu import Queue
 
-from celery_steady.messages import send_again
+from celery_steady.messages import due_time
+from celery_steady.resend import send_again
 
 logger = getLogger(__name__)
 
@@ -26,20 +29,30 @@ def pause(age):
 def keep(consumer, message):
     """Let the broker deliver this message again later. Return whether it will."""
     now = time.time()
-    headers = {HEADER: now, **message.headers}
-    age = now - headers[HEADER]
-    if age > GIVE_UP or "task" not in message.headers:
+    since = message.headers.get(HEADER)
+    if not isinstance(since, (int, float)) or not since <= now:
+        since = now
+    if now - since > GIVE_UP or "task" not in message.headers:
         return False
-    seconds = pause(age)
-    logger.error("unknown task %s: a worker may know it in %d s", message.headers["task"], seconds)
-    queue = None
-    with consumer.app.producer_pool.acquire(block=True) as producer:
-        if producer.connection.transport.driver_type == "amqp":
-            queue = declare_pause(consumer, message, producer.channel, seconds)
-        else:
-            due = datetime.now(UTC) + timedelta(seconds=seconds)
-            headers["eta"] = due.isoformat()
-        send_again(producer, message, headers, queue)
+    name = message.headers["task"]
+    if not isinstance(name, str):
+        raise InvalidTaskError(f"The name of its task is no text: {name!r}")
+    seconds = pause(now - since)
+    headers, queue = {**message.headers, HEADER: since}, None
+    try:
+        with consumer.app.producer_pool.acquire(block=True) as producer:
+            if producer.connection.transport.driver_type == "amqp":
+                queue = declare_pause(consumer, message, producer.channel, seconds)
+            elif hasattr(message.channel, "delay"):
+                due = max(due_time({"headers": message.headers}), now + seconds)
+                headers["eta"] = datetime.fromtimestamp(due, UTC).isoformat()
+            else:  # a broker that can't wait
+                return False
+            send_again(producer.channel, message, headers, queue)
+    except ChannelError as error:  # no right to declare the queue, for example
+        logger.error("could not keep an unknown task: %r", error)
+        return False
+    logger.error("unknown task %s: a worker may know it in %d s", name, seconds)
     message.ack_log_error(logger, consumer.connection_errors)
     return True
 

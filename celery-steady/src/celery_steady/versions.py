@@ -7,6 +7,7 @@ logger = getLogger(__name__)
 
 NEWEST = (5, 7)  # of Celery and kombu: the tests have seen no later ones
 SINCE = {  # part: the first version that it fits
+    "defaults": ("celery", (5, 5)),
     "worker": ("celery", (5, 5)),
     "Beat": ("celery", (5, 5)),
     "results": ("celery", (5, 5)),

@@ -104,7 +104,7 @@ def sweep_due(count, queues):
     """Return how many jobs a second the sweep sends after an outage, from this many queues."""
     empty("job")
     queue, due = f"'due' || n % {queues}", "now() - interval '1 second'"
-    copies(job_for_later("later"), count, queue=queue, sweep_at=due, created_at=due)
+    copies(job_for_later("later"), count, queue=queue, send_at=due, created_at=due)
     began, sender = time.perf_counter(), Sender()
     while Job.objects.filter(times_sent=0, queue__startswith="due").exists():
         sender.send_due()

@@ -42,7 +42,7 @@ def blocked(count, keys):
     """
     empty("job")
     job = job_for_later("celery")
-    row = {"sweep_at": "NULL", "due_at": "now() - n * interval '1 ms'"}
+    row = {"send_at": "NULL", "due_at": "now() - n * interval '1 ms'"}
     if keys == -1:
         copies(job, count, **row, limit_key="'rated:1'", blocked_by="'rated:1'")
         Key.objects.update_or_create(
@@ -51,10 +51,11 @@ def blocked(count, keys):
     elif keys:
         copies(job, count, **row, limit_key=KEY.format(keys), blocked_by=KEY.format(keys))
         running = {"state": "'running'", "run_token": "gen_random_uuid()"}
+        running |= {"send_at": "NULL", "lease_ends_at": "now() + interval '1 hour'"}
         copies(job, 5 * keys, **running, limit_key=KEY.format(keys))
     else:
         pauses.pause("celery")
-        copies(job, count, due_at=row["due_at"], sweep_at=row["due_at"], times_sent="0")
+        copies(job, count, due_at=row["due_at"], send_at=row["due_at"], times_sent="0")
     job.delete()
     sql("VACUUM ANALYZE durable_jobs_job")
     taken = [seconds_of(look) for _ in range(12)]

@@ -8,8 +8,9 @@ from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
 
 from durable_jobs import admission, hooks, transitions
+from durable_jobs.compiler import CHUNK
 from durable_jobs.database import Now
-from durable_jobs.enqueue import CHUNK, active_with, call_fields, insert, send_after_commit, times
+from durable_jobs.enqueue import active_with, call_fields, insert, send_after_commit, times
 from durable_jobs.messages import arguments_of, find_task, new_headers
 from durable_jobs.models import Job
 from durable_jobs.states import UNFINISHED
@@ -88,7 +89,7 @@ def fields_to_run_again(job):
     """Return the fields of a copy of this job. Raises the same errors as run_again()."""
     if job.finished_at is None:
         raise ValueError("it has not ended yet")
-    if job.sweep_at:
+    if job.lease_ends_at:
         raise ValueError("it was cancelled but is still running: try again when it has ended")
     if (task := find_task(job.task)) is None:
         raise ValueError(f"there is no task {job.task}")

@@ -18,17 +18,16 @@ from django.utils.html import format_html
 
 from durable_jobs import batches, conf, pauses
 from durable_jobs.actions import cancel, run_all_again
-from durable_jobs.beat.schedule import check_row
+from durable_jobs.beat.entries import check_row
 from durable_jobs.database import Now
-from durable_jobs.diagnosis import problems, reasons, reasons_of_batches, span
+from durable_jobs.diagnosis import overview, reasons, reasons_of_batches, span
 from durable_jobs.limits import name_of
 from durable_jobs.messages import job_names, known_queues
 from durable_jobs.models import Batch, Failure, Job, Pause, Worker
 from durable_jobs.pauses import is_paused
-from durable_jobs.states import ACTIVE, FINAL, RUNNING, STALLED, UNFINISHED
-from durable_jobs.statistics import by_queue, count_jobs, kind_of, what_follows
+from durable_jobs.states import ACTIVE, ADMITTED, FINAL, LEASED, RUNNING, STALLED, UNFINISHED
+from durable_jobs.statistics import STALE_SECONDS, count_jobs, kind_of, what_follows
 from durable_jobs.validation import uuids
-from durable_jobs.worker.heartbeat import STALE_SECONDS
 
 __all__ = ["announce"]
 
@@ -38,14 +37,14 @@ OUTCOME = ["state", "reason", "error", "public_error", "result", "progress", "me
 OUTCOME += ["due_at", "started_at", "finished_at", "followed_by"]
 INTERNALS = [field.name for field in Job._meta.fields if field.name not in ABOUT + OUTCOME]
 MAX_ROWS = 5000  # rows that a list counts, and that an action takes
-# How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of two
-# indexes: durable_jobs_job_active or durable_jobs_job_blocked.
-IS_ACTIVE = Q(state__in=ACTIVE) & (Q(sweep_at__isnull=False) | Q(blocked_by__isnull=False))
-IS_WAITING = Q(state="queued", sweep_at__isnull=False, due_at__lte=Now())
+# How the list of jobs can be filtered, in the words of the metrics. A job that has not ended is in one of three
+# indexes: durable_jobs_job_queued, durable_jobs_job_blocked or durable_jobs_job_leased.
+IS_QUEUED = ADMITTED | Q(blocked_by__isnull=False)
+IS_WAITING = Q(ADMITTED, due_at__lte=Now())
 STATES = {
-    "active": IS_ACTIVE,
+    "active": IS_QUEUED | Q(LEASED, state="running"),
     "waiting": IS_WAITING & ~is_paused(),
-    "waiting later": IS_ACTIVE & Q(state="queued", due_at__gt=Now()),
+    "waiting later": IS_QUEUED & Q(due_at__gt=Now()),
     "blocked": Q(blocked_by__isnull=False, due_at__lte=Now()) | (IS_WAITING & is_paused()),
     "running": RUNNING,
     "stalled": STALLED,
@@ -279,8 +278,8 @@ class PageAdmin(JobPermissions, admin.ModelAdmin):
     actions = None
 
     def changelist_view(self, request, extra_context=None):
-        rows = by_queue()
-        context = {"problems": problems(rows), **self.context(rows)}
+        rows, problems = overview()
+        context = {"problems": problems, **self.context(rows)}
         return super().changelist_view(request, context)
 
     def context(self, rows):

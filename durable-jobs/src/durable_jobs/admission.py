@@ -1,11 +1,11 @@
 """Admission: jobs wait until their limit admits them. Until then they are *blocked*.
 
-A blocked job is queued, but it has no message, and `sweep_at` is empty, so that the sweeper does not see it.
+A blocked job is queued, but it has no message, and `send_at` is empty, so that the sweeper does not send one.
 `blocked_by` is the key of its limit, such as "tenant:7": see limits.py.
 
 A job with a limit is blocked when it is stored. It occupies a *slot* of its key from the moment it is admitted
 until its row says that it has ended, or is blocked again. So no counter can be wrong: the slots in use are the
-rows with this key and a `sweep_at`.
+rows with this key that are admitted or have a lease.
 
 - After a job was stored, cancelled or recovered, admit() admits the oldest blocked jobs, under a lock for the key.
 - A run that ends hands its slot over to the next job, in the transaction that ends it: no lock, no new slot. If
@@ -14,7 +14,7 @@ rows with this key and a `sweep_at`.
   each run that starts moves it forward.
 - The sweeper admits due jobs: after countdowns, for rates, and for slots that nobody has handed over.
 
-A job that is cancelled while its task function runs keeps its slot: `sweep_at` stays the end of its lease.
+A job that is cancelled while its task function runs keeps its slot: its lease stays.
 
 Nobody admits, sends or claims a paused job. If a worker has its message, put_back() takes the job back:
 it counts as not sent, and is blocked if it has a limit.
@@ -27,17 +27,17 @@ from datetime import timedelta
 
 from celery.utils.functional import chunks
 from django.db import Error, connection, transaction
-from django.db.models import Count, DurationField, F, IntegerField, Subquery
+from django.db.models import Count, F, IntegerField, Subquery
 from django.db.models.expressions import RawSQL
 from django.db.models.functions import Coalesce, Greatest
 
 from durable_jobs import conf, transitions
 from durable_jobs.compiler import prepared
-from durable_jobs.database import Clock, Now, timeouts
+from durable_jobs.database import Clock, Now, skip_locked, timeouts
 from durable_jobs.limits import limit_of
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job, Key
-from durable_jobs.pauses import is_paused, put_back
+from durable_jobs.pauses import is_paused
 from durable_jobs.publish import publish
 from durable_jobs.states import HAS_SLOT, QUEUED
 
@@ -120,7 +120,7 @@ def with_slot(rows):
     """Give a slot to each job of these rows. Returns the jobs."""
     jobs = [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
     for job in jobs:
-        give_slot(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
+        transitions.admit(id=job.pk, seconds=timedelta(seconds=conf.RESEND_SECONDS))
     return jobs
 
 
@@ -142,12 +142,6 @@ def oldest_due(jobs):
     jobs = jobs.filter(~is_paused(), due_at__lte=Now()).order_by("created_at")
     # skip_locked: a run that ends and admit() may look at the same job.
     return jobs.select_for_update(skip_locked=True).values_list(*FIELDS)[:1], None
-
-
-@prepared(seconds=DurationField())
-def give_slot(id, seconds):
-    changes = {"blocked_by": None, "times_sent": 1, "sweep_at": Now() + seconds}
-    return Job.objects.filter(pk=id), changes
 
 
 def free_slots(keys):
@@ -182,9 +176,9 @@ def admit_due(paused=()):
     Returns in how many seconds the next one is due, and in how many a rate may admit one.
     """
     if paused:  # free the slots of those jobs whose messages are missing
-        late = Job.objects.filter(HAS_SLOT, QUEUED, is_paused(paused), sweep_at__lte=Now())
+        late = Job.objects.filter(HAS_SLOT, QUEUED, is_paused(paused), send_at__lte=Now())
         with transaction.atomic():
-            put_back(transitions.skip_locked(late))
+            transitions.put_back(skip_locked(late))
     blocked = Job.objects.exclude(is_paused(paused))
     keys = look_at_keys(blocked)
     due = [key for key, is_due in keys if is_due]
@@ -281,4 +275,4 @@ def any_blocked(blocked_by):
 
 @transaction.atomic
 def delete_old_keys():
-    transitions.skip_locked(Key.objects.filter(next_at__lt=Now() - timedelta(hours=1))).delete()
+    skip_locked(Key.objects.filter(next_at__lt=Now() - timedelta(hours=1))).delete()

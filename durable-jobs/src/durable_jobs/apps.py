@@ -4,7 +4,7 @@ from celery import current_app, signals
 from django.apps import AppConfig
 from django.core.exceptions import ImproperlyConfigured
 
-from durable_jobs import conf, limits, versions
+from durable_jobs import conf, limits
 from durable_jobs.celery import Celery
 
 
@@ -14,10 +14,7 @@ class DurableJobsConfig(AppConfig):
     default_auto_field = "django.db.models.BigAutoField"
 
     def ready(self):
-        from durable_jobs import checks
-        from durable_jobs.beat import schedule
-        from durable_jobs.worker import children, startup
-        from durable_jobs.worker.heartbeat import heartbeat
+        from durable_jobs import checks, enqueue
 
         if not isinstance(current_app, Celery):
             text = f"The Celery app {current_app.main!r} must be a durable_jobs.celery.Celery."
@@ -42,10 +39,36 @@ class DurableJobsConfig(AppConfig):
             except ValueError as error:
                 raise ImproperlyConfigured(f"DURABLE_JOBS['LIMITS'][{name!r}]: {error}.") from error
         signals.worker_init.connect(checks.refuse_to_start)
-        signals.worker_init.connect(startup.start)
-        if versions.fits("fast recovery of child processes"):
-            signals.worker_ready.connect(children.watch_children)
-            signals.task_received.connect(children.assign_run_token)
-        signals.worker_ready.connect(heartbeat.start)
+        signals.worker_init.connect(start_worker)
+        signals.worker_process_init.connect(start_child)
         signals.beat_init.connect(checks.refuse_to_start)
-        signals.beat_init.connect(schedule.start)
+        signals.beat_init.connect(start_beat)
+        enqueue.runs_here.connect(run_jobs)
+
+
+# What only some processes import
+
+
+def start_worker(**kwargs):
+    from durable_jobs.worker import startup
+
+    startup.start(**kwargs)
+
+
+def start_child(**kwargs):
+    """Prepare a child process, for which Celery has just made its tracers. It may be a new interpreter."""
+    from durable_jobs.worker.execution import trace_jobs
+
+    trace_jobs(current_app)
+
+
+def start_beat(**kwargs):
+    from durable_jobs.beat import schedule
+
+    schedule.start(**kwargs)
+
+
+def run_jobs(jobs, **kwargs):
+    from durable_jobs.eager import run_jobs
+
+    run_jobs(jobs)

@@ -1,14 +1,14 @@
 """Celery's app with support for jobs: by name, with their results, and when they are revoked."""
 
 import logging
-import re
 from functools import partial
 from typing import Any
 
 import celery
-import celery_steady.rabbitmq
-from celery.app import control, utils
+import celery_steady
+from celery.app import control
 from celery.result import AsyncResult
+from celery_steady import defaults
 from django.apps import apps
 
 from durable_jobs import conf
@@ -20,10 +20,6 @@ __all__ = ["Celery"]
 logger = logging.getLogger(__name__)
 
 STEADY_CONSUMER = "celery_steady.consumer:Consumer"
-DEFAULTS = {
-    "worker_consumer": conf.CONSUMER,
-    "beat_scheduler": "celery_steady.beat:Scheduler",
-}
 
 # Projects import this module before Django's models are loaded, so the functions import what needs these.
 
@@ -32,13 +28,24 @@ class Control(control.Control):
     def revoke(self, task_id: Any, *args: Any, **kwargs: Any) -> Any:
         """Revoke a task as Celery documents it. A job is cancelled even if no worker runs."""
         try:
-            return super().revoke(task_id, *args, **kwargs)
-        finally:
-            if apps.ready:  # `celery control` does not set up Django
-                from durable_jobs.batches import cancel_ids
-                from durable_jobs.database import try_once
+            answer = super().revoke(task_id, *args, **kwargs)
+        except Exception as error:
+            if not cancel_jobs(task_id):
+                raise
+            logger.warning("Jobs are cancelled, but the workers could not be told: %r", error)
+        else:
+            cancel_jobs(task_id)
+            return answer
 
-                try_once(cancel_ids, task_id)
+
+def cancel_jobs(task_id):
+    """Cancel the jobs among these ids. Return the ids of jobs."""
+    if not apps.ready:  # `celery control` does not set up Django
+        return []
+    from durable_jobs.batches import cancel_ids
+    from durable_jobs.database import try_once
+
+    return try_once(cancel_ids, task_id)
 
 
 def log_errors(send, *args, **options):
@@ -49,22 +56,21 @@ def log_errors(send, *args, **options):
     return answers
 
 
-def set_defaults(source, **kwargs):
-    """Replace Celery's own defaults. With Celery 5.7, add_defaults() would replace the project's settings too."""
-    source.maps[-1].update(DEFAULTS)
-    if source.worker_consumer == STEADY_CONSUMER:  # the line of its README, from before
-        # Before Celery 5.7, CELERY_WORKER_CONSUMER goes before worker_consumer.
-        source[source._to_keys("worker_consumer")[0]] = conf.CONSUMER
-
-
-class Celery(celery_steady.rabbitmq.Celery):
+class Celery(celery_steady.Celery):
     amqp_cls = AMQP
     control_cls = Control
 
     def on_init(self):
         for signal in self.on_after_configure, self.on_after_finalize:
             signal.send = partial(log_errors, signal.send)
-        self.on_after_configure.connect(set_defaults)
+
+    def default_settings(self):
+        return super().default_settings() | {"worker_consumer": conf.CONSUMER}
+
+    def _set_defaults(self, source, **kwargs):
+        super()._set_defaults(source, **kwargs)
+        if source.worker_consumer == STEADY_CONSUMER:  # of a project's settings, before it had jobs
+            defaults.override(source, "worker_consumer", conf.CONSUMER)
 
     def send_task(
         self, name: str, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any
@@ -83,10 +89,5 @@ class Celery(celery_steady.rabbitmq.Celery):
     def _get_backend(self):
         from durable_jobs.results import backend
 
+        defaults.for_results(self)
         return backend(self)
-
-
-# `celery report`, `celery inspect conf` and Flower print all Django settings, and mask most
-# passwords. They do not know these settings.
-pattern = utils.HIDDEN_SETTINGS.pattern + "|CELERY_BROKER_URL|LOCATION|BASIC_AUTH"
-utils.HIDDEN_SETTINGS = re.compile(pattern, re.IGNORECASE)

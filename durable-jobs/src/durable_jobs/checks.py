@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from inspect import unwrap
 
 from celery import current_app
 from celery.beat import ScheduleEntry
@@ -11,12 +12,12 @@ from django.apps import apps
 from django.conf import settings
 from django.core.checks import Error, Info, Tags, Warning, register
 from django.db import connection, router
-from django.db.models import Count
+from django.db.models import CASCADE, Count
 
 from durable_jobs import conf, limits
-from durable_jobs.beat.schedule import check_entry, check_row
+from durable_jobs.beat.entries import check_entry, check_row
 from durable_jobs.messages import import_tasks, job_names, known_queues, queue_of
-from durable_jobs.models import Job
+from durable_jobs.models import Batch, Job
 from durable_jobs.pools import TIME_LIMITED, pool_name
 
 READ_COMMITTED = 2  # psycopg's IsolationLevel, and the default of PostgreSQL
@@ -51,10 +52,8 @@ def check_consumer(app_configs, consumer=None, **kwargs):
     consumer = consumer or current_app.conf.worker_consumer
     if consumer == conf.CONSUMER:
         return  # Windows has not all that it imports
-    from durable_jobs.worker.consumer import Consumer
-
     consumer = symbol_by_name(consumer)
-    if not issubclass(consumer, Consumer):
+    if conf.CONSUMER not in [f"{base.__module__}:{base.__name__}" for base in consumer.__mro__]:
         yield Error(
             f"Jobs require a worker_consumer that extends durable_jobs.worker.consumer.Consumer, not {consumer.__module__}.{consumer.__qualname__}.",
             hint="Derive your class from it, or remove CELERY_WORKER_CONSUMER.",
@@ -71,6 +70,19 @@ def refuse_to_start(sender, **kwargs):
     errors = [error for error in errors if not error.is_silenced()]
     if errors:
         raise SystemExit("\n".join(map(str, errors)))
+
+
+@register()
+def check_foreign_keys(app_configs, **kwargs):
+    """Find rows that would be deleted together with an old job."""
+    for relation in [*Job._meta.related_objects, *Batch._meta.related_objects]:
+        is_own = relation.related_model._meta.app_label == "durable_jobs"
+        if relation.on_delete is CASCADE and not is_own:
+            yield Warning(
+                f"{relation.field} has on_delete=CASCADE: its rows are deleted {conf.RETENTION_DAYS} days after their job has ended.",
+                hint="Write on_delete=models.SET_NULL, null=True.",
+                id="durable_jobs.W013",
+            )
 
 
 @register()
@@ -157,9 +169,11 @@ def check_periodic_tasks(app_configs, databases=None, **kwargs):
 def check_task_class(app_configs, **kwargs):
     """Check that the app has no class of tasks whose methods jobs would not call."""
     jobs = [current_app.tasks[name] for name in job_names()]
-    for method, own in ("__call__", "_call"), ("apply_async", "apply_async"):
+    for method in "__call__", "apply_async":
         missed = getattr(current_app.Task, method)
-        names = [job.name for job in jobs if getattr(type(job), own) is not missed]
+        names = [
+            job.name for job in jobs if unwrap(getattr(type(job), method)) is not unwrap(missed)
+        ]
         if names and missed is not getattr(DjangoTask, method):
             yield Warning(
                 f"{method}() of your app's task class is not called for {', '.join(names)}.",

@@ -2,11 +2,13 @@
 built once.
 """
 
+import json
 from datetime import timedelta
 from functools import cache, wraps
 from inspect import signature
+from operator import itemgetter
 
-from django.db import connection, models
+from django.db import connection, connections, models
 from django.db.models.constants import OnConflict
 from django.db.models.sql import InsertQuery, UpdateQuery
 
@@ -71,11 +73,11 @@ def execute(sql, params, values):
         return cursor.fetchall() if cursor.description else cursor.rowcount
 
 
-RETURNED_FIELDS = ["created_at", "due_at", "sweep_at"]  # what the INSERT of a job returns
+RETURNED_FIELDS = ["created_at", "due_at", "send_at"]  # what the INSERT of a job returns
 
 
 def insert(job):
-    """INSERT this new job. `due_at` and `sweep_at` are datetimes, timedeltas from now (see DATABASE_NOW), or None.
+    """INSERT this new job. `due_at` and `send_at` are datetimes, timedeltas from now (see DATABASE_NOW), or None.
 
     Sets them, and `created_at`, to the database's times. Returns whether it is stored: not if another job has its id,
     its `idempotency_key` or, being active, its `unique_key`. That is no error, which would end the caller's transaction.
@@ -94,7 +96,7 @@ def compiled_insert(adds_now):
     """Return the compiler of the INSERT, the converters of what it returns, its SQL and its parameters."""
     fields = Job._meta.concrete_fields
     values = {field.attname: Argument(field.attname, field) for field in fields}
-    for name in ("due_at", "sweep_at") if adds_now else ():
+    for name in ("due_at", "send_at") if adds_now else ():
         values[name] = Now() + Argument(name, models.DurationField())
     query = InsertQuery(Job, on_conflict=OnConflict.IGNORE)
     query.insert_values(fields, [Job(**values | {"created_at": Clock()})])
@@ -103,3 +105,34 @@ def compiled_insert(adds_now):
     columns = [field.get_col(Job._meta.db_table) for field in compiler.returning_fields]
     [[sql, params]] = compiler.as_sql()
     return compiler, compiler.get_converters(columns), sql, params
+
+
+CHUNK = 500  # jobs per statement
+MANY = 20  # with fewer jobs, an INSERT is faster, which waits for one answer less
+
+
+def insert_many(jobs):
+    """Store these new jobs, all of them or none. With PostgreSQL, many are a COPY, which needs half of the CPU time.
+
+    As with bulk_create(), Django sends no signal.
+    """
+    database = connections[Job.objects.db]
+    if database.vendor != "postgresql" or len(jobs) < MANY:
+        Job.objects.bulk_create(jobs, batch_size=CHUNK)
+        return
+    fields = Job._meta.concrete_fields
+    columns = ", ".join(database.ops.quote_name(field.column) for field in fields)
+    read = itemgetter(*(field.attname for field in fields))
+    is_json = [isinstance(field, models.JSONField) for field in fields]
+    database.validate_no_broken_transaction()
+    with database.wrap_database_errors, database.cursor() as cursor:
+        with cursor.copy(f"COPY {Job._meta.db_table} ({columns}) FROM STDIN") as copy:
+            for job in jobs:
+                copy.write_row(
+                    [
+                        json.dumps(value) if json_ and value is not None else value
+                        for value, json_ in zip(read(vars(job)), is_json, strict=True)
+                    ]
+                )
+    for job in jobs:
+        job._state.adding, job._state.db = False, database.alias

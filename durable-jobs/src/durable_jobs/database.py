@@ -154,6 +154,17 @@ def may_succeed_later(error):
     return state in TEMPORARY or (is_operational and state[:2] != PROGRAM_LIMIT)
 
 
+def locking(rows):
+    """Return these rows, without those that another transaction has locked. A query of them locks them."""
+    return rows.filter(IDLE_TIMEOUT).select_for_update(skip_locked=True)
+
+
+def skip_locked(rows):
+    """Lock these rows, except those that another transaction has locked, and return them."""
+    keys = locking(rows).values_list("pk", flat=True)
+    return rows.model.objects.filter(pk__in=list(keys))
+
+
 def in_transaction():
     """Return whether a transaction is open, even one of a raw BEGIN, of which Django does not know."""
     raw = connection.connection

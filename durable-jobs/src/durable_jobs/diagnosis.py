@@ -4,8 +4,10 @@ Nothing is stored: whoever reads a job asks here, so the reason is known even if
 A fact is read when the first job needs it. Jobs that run, have ended, or have just become due need few.
 """
 
+from contextlib import contextmanager
 from datetime import timedelta
 
+from django.db import OperationalError, connection, transaction
 from django.db.models import Count, F, OuterRef, Subquery
 from django.template.defaultfilters import pluralize
 from django.utils import timezone
@@ -15,14 +17,25 @@ from durable_jobs import conf
 from durable_jobs.batches import newest_active
 from durable_jobs.database import Now
 from durable_jobs.enqueue import database_time
+from durable_jobs.exceptions import OVER_TIME_LIMIT
 from durable_jobs.limits import limit_of
 from durable_jobs.messages import find_task
 from durable_jobs.models import Batch, Failure, Job, Pause, Sweep
-from durable_jobs.states import HAS_SLOT, PAST_DEADLINE, STALLED
-from durable_jobs.worker.heartbeat import alive
-from durable_jobs.worker.runs import OVER_TIME_LIMIT
+from durable_jobs.states import HAS_SLOT, STALLED
+from durable_jobs.statistics import alive, by_queue
 
 PATIENCE = timedelta(seconds=10)  # for which a due job may wait before a cause is looked for
+TIMEOUTS = (
+    "SELECT set_config('lock_timeout', '2s', true), set_config('statement_timeout', '15s', true)"
+)
+# Who has locked a table of jobs as a whole, as migrations do
+BLOCKERS = """
+SELECT l.relation::regclass::text, l.pid, now() - a.xact_start, left(a.query, 100)
+FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+WHERE l.granted AND l.mode = 'AccessExclusiveLock' AND l.pid != pg_backend_pid()
+AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+AND l.relation::regclass::text LIKE '%durable_jobs_%' AND a.xact_start IS NOT NULL
+"""
 NO_HEARTBEAT = "No heartbeat from Beat or any worker: they are down or can't reach the database"
 
 
@@ -48,8 +61,44 @@ def reasons_of_batches(rows, for_staff=False):
     return {pk: texts[job] for pk, job in newest.items() if job in texts}
 
 
+@contextmanager
+def in_time():
+    """Give up when a table stays locked, with an OperationalError that says by whom."""
+    try:
+        with transaction.atomic():
+            if connection.vendor == "postgresql" and conf.SET_CONFIG:
+                with connection.cursor() as cursor:
+                    cursor.execute(TIMEOUTS)
+            yield
+    except OperationalError as error:
+        if not (found := blockers()):
+            raise
+        raise OperationalError(". ".join(found)) from error
+
+
+def blockers():
+    """Return a sentence about each process that has locked a table of jobs."""
+    if connection.vendor != "postgresql":
+        return []
+    with connection.cursor() as cursor:
+        cursor.execute(BLOCKERS)
+        return [
+            f"The process {pid} of PostgreSQL has locked {table} for {span(age)}: {query}"
+            for table, pid, age, query in cursor.fetchall()
+        ]
+
+
+def overview():
+    """Return what by_queue() does, and sentences about what is wrong with the whole system, for staff."""
+    try:
+        with in_time():
+            rows = by_queue()
+            return rows, problems(rows)
+    except OperationalError as error:
+        return [], [str(error)]
+
+
 def problems(rows):
-    """Return sentences about what is wrong with the whole system, for staff. `rows` is what by_queue() returns."""
     facts = Facts(for_staff=True)
     texts = [facts.standstill or facts.beat]
     for row in rows:
@@ -57,7 +106,7 @@ def problems(rows):
         if count and (text := facts.no_worker(row["queue"])):
             texts.append(f"{text}: {numbered(count, 'job')} waiting")
     texts += [facts.refusal(queue) for queue in facts.refused]
-    if stalled := Job.objects.filter(STALLED).exclude(PAST_DEADLINE).count():
+    if stalled := Job.objects.filter(STALLED, is_late=False).count():
         texts.append(f"The workers of {numbered(stalled, 'job')} aren't responding")
     texts += [f"{name}: {text}" for name, text in facts.pauses.items()]
     return [text for text in texts if text]
@@ -69,11 +118,10 @@ def texts_of(job, facts):
         if job.due_at and job.due_at <= timezone.now():
             yield from waits_for(job, facts)
         yield tries(job, facts)
-    elif job.state == "running" and facts.has_passed(job.sweep_at):
-        age = facts.now - job.sweep_at + timedelta(seconds=conf.LEASE_SECONDS)
-        is_over = job.sweep_at == job.started_at  # see lease_end()
-        yield OVER_TIME_LIMIT if is_over else f"Its worker hasn't responded for {span(age)}"
-        end = "fail" if is_over else "restart"
+    elif job.state == "running" and facts.has_passed(job.lease_ends_at):
+        age = facts.now - job.lease_ends_at + timedelta(seconds=conf.LEASE_SECONDS)
+        yield OVER_TIME_LIMIT if job.is_late else f"Its worker hasn't responded for {span(age)}"
+        end = "fail" if job.is_late else "restart"
         yield facts.standstill or facts.beat or f"It will {end} automatically"
 
 

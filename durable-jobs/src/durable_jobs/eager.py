@@ -8,9 +8,11 @@ from celery.app.trace import build_tracer
 from django.db import connection
 from django.db.models import QuerySet
 
-from durable_jobs.database import Now, in_transaction
+from durable_jobs import transitions
+from durable_jobs.database import in_transaction
 from durable_jobs.messages import arguments_of, find_task, message_of
 from durable_jobs.models import Job
+from durable_jobs.worker.execution import trace
 
 __all__ = ["run_jobs"]
 
@@ -31,7 +33,7 @@ def run_queued(jobs, tried):
     A job may stay queued, for example because it is paused: `tried` remembers it.
     """
     queued = jobs.filter(state="queued")
-    queued.filter(blocked_by__isnull=False).update(blocked_by=None, sweep_at=Now())
+    transitions.admit_all(queued)
     untried = [job for job in queued.order_by("created_at") if (job.pk, job.retries) not in tried]
     for job in untried:
         tried.add((job.pk, job.retries))
@@ -47,6 +49,8 @@ def run(job):
     task, headers = find_task(job.task), message_of(job).headers
     args, kwargs = arguments_of(job)
     # Celery's task.apply() would not call apply_async() for a retry.
-    trace = task._traced_by(build_tracer(task.name, task, app=current_app, eager=True))
+    tracer = build_tracer(task.name, task, app=current_app, eager=True)
     # Eager: nobody closes the connection, on which a test's transaction may be open.
-    return trace(str(job.pk), args, kwargs, {**headers, "hostname": "eager", "is_eager": True})
+    return trace(
+        task, tracer, str(job.pk), args, kwargs, {**headers, "hostname": "eager", "is_eager": True}
+    )

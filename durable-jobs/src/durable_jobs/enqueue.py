@@ -31,10 +31,11 @@ from celery.utils.time import maybe_make_aware
 from django.db import IntegrityError, transaction
 from django.db.models import Max, Q
 from django.db.models.functions import Coalesce
+from django.dispatch import Signal
 
-from durable_jobs import admission, compiler, conf, limits, messages
+from durable_jobs import admission, conf, limits, messages, transitions
+from durable_jobs.compiler import CHUNK
 from durable_jobs.database import Now
-from durable_jobs.eager import run_jobs
 from durable_jobs.messages import is_job, new_headers, queue_of, storable
 from durable_jobs.models import MAX_LABEL, Job, Sweep
 from durable_jobs.publish import publish
@@ -51,12 +52,12 @@ else:
     P = ParamSpec("P")
 Rest = ParamSpec("Rest")
 
-CHUNK = 500  # jobs per statement
 # A call sends at most this many messages itself. Workers are busy with them until the sweeper sends the rest.
 SENT_IMMEDIATELY = 2000
 MAX_INSERTS = 100
 # Stands for the time of the database: DATABASE_NOW + delay is a timedelta, to which compiler.insert() adds its clock.
 DATABASE_NOW = timedelta()
+runs_here = Signal()  # with CELERY_TASK_ALWAYS_EAGER, these `jobs` run in this process: see apps.py
 NO_CANVAS = (
     "A job can't be part of a chain, group or chord, nor a link of a task: use a batch with on_success= or"
     " on_finish=, or self.enqueue_next()"
@@ -224,7 +225,8 @@ def call_fields(task, args, kwargs=None, label="", queue=None, headers=None, res
         raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
     task.__header__(*args, **kwargs)
     label = str(label or "")
-    to_json(label)  # may raise ValueError
+    if label:
+        to_json(label)  # may raise ValueError
     check_text("queue", queue or None)
     queue = queue or queue_of(task, *arguments)
     fields = {"task": task.name, "args": args[1:] if results_of else args, "kwargs": kwargs}
@@ -251,7 +253,7 @@ def check_times(countdown=None, eta=None):
 def times(now=DATABASE_NOW, countdown=None, eta=None, limit_key=None):
     """Return the fields of a new job that say when it is due, and when its message is sent, or which limit blocks it.
 
-    `now` is a time or Now(). With DATABASE_NOW and no `eta`, due_at and sweep_at are timedeltas, for compiler.insert().
+    `now` is a time or Now(). With DATABASE_NOW and no `eta`, due_at and send_at are timedeltas, for compiler.insert().
     An `eta` is compared with the database's clock: that of this process may be wrong.
     """
     check_times(countdown, eta)
@@ -264,10 +266,10 @@ def times(now=DATABASE_NOW, countdown=None, eta=None, limit_key=None):
         raise ValueError(f"countdown={delay:.0f} is longer than ten years: it is in seconds")
     due_at = now + timedelta(seconds=delay)
     if limit_key:
-        return {"times_sent": 0, "due_at": due_at, "sweep_at": None, "blocked_by": limit_key}
+        return {"times_sent": 0, "due_at": due_at, "send_at": None, "blocked_by": limit_key}
     resend_at = now + timedelta(seconds=conf.RESEND_SECONDS)
-    sweep_at = due_at if delay else resend_at
-    return {"times_sent": 0 if delay else 1, "due_at": due_at, "sweep_at": sweep_at}
+    send_at = due_at if delay else resend_at
+    return {"times_sent": 0 if delay else 1, "due_at": due_at, "send_at": send_at}
 
 
 # The rows
@@ -289,7 +291,7 @@ def insert(fields, unique=None, unique_until=None, idempotency_key=None):
         if active := active_with(job):
             return active
         job.headers = new_headers(job)
-        if compiler.insert(job):
+        if transitions.store(job):
             job.is_new = True
             send_after_commit([job])
             return job
@@ -330,8 +332,8 @@ def insert_many(now, jobs):
     # If the sweeper runs, let it send the rest: the call takes a fifth of the time.
     if later and Sweep.objects.filter(ended_at__gt=recently).exists():
         for job in later:
-            job.times_sent, job.sweep_at = 0, job.created_at  # which keeps their order
-    Job.objects.bulk_create(jobs, batch_size=CHUNK)
+            job.times_sent, job.send_at = 0, job.created_at  # which keeps their order
+    transitions.store_many(jobs)
     send_after_commit(jobs)
     return jobs
 
@@ -340,7 +342,7 @@ def send_after_commit(jobs):
     if messages.is_eager():
         for part in chunks(iter(jobs), CHUNK):
             rows = Job.objects.filter(pk__in=[job.pk for job in part])
-            transaction.on_commit(partial(run_jobs, rows), robust=True)
+            transaction.on_commit(partial(runs_here.send, Job, jobs=rows), robust=True)
         return
     for part in chunks((job for job in jobs if job.times_sent), CHUNK):
         transaction.on_commit(lambda part=part: publish(part), robust=True)

@@ -2,6 +2,8 @@
 
 __all__ = ["JobError", "JobLost", "WorkerStopping"]
 
+OVER_TIME_LIMIT = "Exceeded its time limit"
+
 
 class JobError(Exception):
     """Ends a job with an error text for its owner: raise JobError("Row 17 has no email address").

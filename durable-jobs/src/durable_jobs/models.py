@@ -11,7 +11,7 @@ from django.db.models import Q, UniqueConstraint
 from django.utils import timezone
 
 from durable_jobs.database import Clock
-from durable_jobs.states import ACTIVE, FINAL, HAS_SLOT, UNFINISHED
+from durable_jobs.states import ACTIVE, ADMITTED, FINAL, HAS_SLOT, LEASED, UNFINISHED
 
 __all__ = ["Batch", "Failure", "Job", "Pause"]
 
@@ -22,10 +22,10 @@ KEYED = Q(idempotency_key__isnull=False)
 # The second condition keeps PostgreSQL from using this index for UNFINISHED alone.
 UNIQUE = UNFINISHED & Q(unique_key__isnull=False)
 IN_BATCH = Q(batch__isnull=False)
-BLOCKED = Q(blocked_by__isnull=False, sweep_at=None)
-WATCHED = Q(blocked_by=None, sweep_at__isnull=False)
-LEASED = Q(WATCHED, run_token__isnull=False)  # running, or a cancelled job with a limit
-OVER = Q(blocked_by=None, sweep_at=None, run_token=None)
+IS_BLOCKED = Q(blocked_by__isnull=False)
+NOT_QUEUED = Q(blocked_by=None, send_at=None)
+OWNED = Q(NOT_QUEUED, LEASED, run_token__isnull=False)
+NOT_OWNED = Q(lease_ends_at=None, run_token=None)
 
 
 class PrimaryManager(models.Manager):
@@ -127,10 +127,12 @@ class Job(Row):
     run_token = models.UUIDField(null=True, help_text="token of the run that owns this job")
     worker = models.CharField(max_length=255, help_text="of the last run")
     due_at = models.DateTimeField(null=True, help_text="when a worker may start it")
-    # Of a running job: the end of its lease, see lease_end(). Of a queued job: when its message is sent (again).
-    # Of a blocked job: empty. Of a cancelled job with a limit: the end of its lease, while it still runs.
-    sweep_at = models.DateTimeField(null=True, help_text="when the sweeper must look at it")
+    # Only while it is queued and not blocked
+    send_at = models.DateTimeField(null=True, help_text="when its message is sent (again)")
+    # Only while its task function runs, even if it is cancelled: see transitions.renewed()
+    lease_ends_at = models.DateTimeField(null=True, help_text="when its worker counts as dead")
     deadline = models.DateTimeField(null=True, help_text="when the run is over its time limit")
+    is_late = models.BooleanField(default=False, help_text="whether the run is over its time limit")
     times_sent = models.PositiveSmallIntegerField(default=0, help_text="messages since queued")
     retries = models.PositiveIntegerField(default=0)
     crashes = models.PositiveSmallIntegerField(default=0, help_text="times its worker died")
@@ -157,11 +159,10 @@ class Job(Row):
             index("job_follows", "follows", Q(follows__isnull=False)),
             index("job_owner_state", "owner state -created_at"),
             index("job_finished", "finished_at", ~UNFINISHED),
-            # The last field of these two is for the metrics.
-            index(
-                "job_active", "state queue times_sent sweep_at due_at", Q(sweep_at__isnull=False)
-            ),
-            index("job_blocked", "blocked_by created_at due_at queue", Q(blocked_by__isnull=False)),
+            # The last fields of these three are for the metrics.
+            index("job_queued", "queue times_sent send_at due_at", ADMITTED),
+            index("job_leased", "lease_ends_at state queue", LEASED),
+            index("job_blocked", "blocked_by created_at due_at queue", IS_BLOCKED),
             index("job_slot", "limit_key", HAS_SLOT),
         ]
         constraints = [
@@ -177,13 +178,14 @@ class Job(Row):
             UniqueConstraint(
                 fields=["task", "unique_key"], name="durable_jobs_job_unique_key", condition=UNIQUE
             ),
-            # A queued job is blocked, or the sweeper looks at it: otherwise it would be lost.
+            # A queued job is blocked or sent, and a running one has a lease: otherwise it would be lost.
             models.CheckConstraint(
                 name="durable_jobs_job_state",
-                condition=Q(state="queued", run_token=None, finished_at=None) & (BLOCKED | WATCHED)
-                | Q(LEASED, state="running", finished_at=None)
-                | Q(LEASED, state="cancelled", finished_at__isnull=False)
-                | Q(OVER, state__in=FINAL, finished_at__isnull=False),
+                condition=Q(NOT_OWNED, state="queued", finished_at=None)
+                & (Q(IS_BLOCKED, send_at=None) | Q(ADMITTED, blocked_by=None))
+                | Q(OWNED, state="running", finished_at=None)
+                | Q(OWNED, state="cancelled", finished_at__isnull=False)
+                | Q(NOT_QUEUED, NOT_OWNED, state__in=FINAL, finished_at__isnull=False),
             ),
         ]
 

@@ -1,15 +1,15 @@
 """Pauses: while a queue or a task is paused, no job of it starts. A pause is a row, so it survives everything.
 
-Nobody admits, sends or claims a paused job. If a worker has its message, put_back() takes the job back: it counts
-as not sent, and is blocked if it has a limit.
+Nobody admits, sends or claims a paused job. If a worker has its message, transitions.put_back() takes the
+job back: it counts as not sent, and is blocked if it has a limit.
 """
 
-from django.db.models import Case, F, Q, When
-from django.db.models.functions import Greatest
+from difflib import get_close_matches
+
+from django.db.models import Q
 
 from durable_jobs.messages import job_names, known_queues
 from durable_jobs.models import Job, Pause
-from durable_jobs.states import QUEUED
 
 __all__ = ["pause", "resume"]
 
@@ -22,7 +22,9 @@ def pause(name: str, reason: str = "") -> Pause:
     """
     queues, tasks = known_queues(), job_names()
     if name not in [*queues, *tasks] and not Job.objects.filter(queue=name).exists():
-        raise ValueError(f"no queue or task is named {name!r}: the queues are {', '.join(queues)}")
+        near = " or ".join(get_close_matches(name, tasks, cutoff=0.8))
+        hint = f"did you mean {near}?" if near else f"the queues are {', '.join(queues)}"
+        raise ValueError(f"no queue or task is named {name!r}: {hint}")
     changes = {"reason": reason[:255]} if reason else {}
     return Pause.objects.update_or_create(changes, name=name)[0]
 
@@ -45,14 +47,3 @@ def is_paused(names=None):
 
 def paused_names():
     return list(Pause.objects.values_list("name", flat=True))
-
-
-def put_back(jobs):
-    """Put back those of these queued jobs that are paused: they lose slot and message. Returns how many.
-
-    Those without a limit stay due, so the sweeper sends them when the pause has ended.
-    """
-    # Jobs of one insert_many() have the same due_at, but their created_at differ: the later time keeps the order.
-    sweep_at = Case(When(limit_key=None, then=Greatest("due_at", "created_at")))
-    changes = {"blocked_by": F("limit_key"), "sweep_at": sweep_at, "times_sent": 0}
-    return jobs.filter(QUEUED, is_paused()).update(**changes)

@@ -3,8 +3,8 @@
 import sys
 
 from celery import states
-from celery.app import backends
 from celery.backends.base import BaseBackend
+from celery_steady import results
 
 from durable_jobs.models import Failure, Job
 from durable_jobs.validation import uuids
@@ -22,11 +22,18 @@ UNKNOWN = {"status": states.PENDING, "result": None}  # what Celery answers for 
 def read(task_id):
     """Return status and result of a job, as Celery's backends do, or None if this is no id of a job."""
     keys = list(uuids([task_id]))
-    job = Job.objects.filter(pk__in=keys).only("state", "result", "error").first()
+    job = (
+        Job.objects.filter(pk__in=keys)
+        .only("state", "result", "error", "progress", "message")
+        .first()
+    )
     if job is None:
         return None
     meta = {"status": STATES[job.state], "result": job.result}
-    if job.state == "cancelled":
+    if job.state == "running" and (job.progress or job.message):  # as update_state() would say it
+        meta["status"] = "PROGRESS"
+        meta["result"] = {"done": job.progress, "total": 100, "message": job.message}
+    elif job.state == "cancelled":
         meta["result"] = exception("celery.exceptions.TaskRevokedError", job.error)
     elif job.state == "failed":
         last = job.failures.last()
@@ -73,5 +80,5 @@ class JobRowsMixin:
 
 def backend(app):
     """Return the app's result backend, extended to read the rows of jobs."""
-    kind, url = backends.by_url(app.backend_cls or app.conf.result_backend, app.loader)
+    kind, url = results.by_url(app)
     return type(kind.__name__, (JobRowsMixin, kind), {})(app=app, url=url)

@@ -8,12 +8,17 @@ from django.db.models.functions import RowNumber
 
 from durable_jobs.database import Now
 from durable_jobs.messages import known_queues
-from durable_jobs.models import Batch, Job
+from durable_jobs.models import Batch, Job, Worker
 from durable_jobs.pauses import is_paused, paused_names
-from durable_jobs.states import ACTIVE, RUNNING, STALLED
-from durable_jobs.worker.heartbeat import alive
+from durable_jobs.states import ADMITTED, LEASED, RUNNING, STALLED
 
 RECENT = timedelta(minutes=5)
+STALE_SECONDS = 30  # a worker without a heartbeat for this time counts as dead
+
+
+def alive():
+    """Return the workers that respond."""
+    return Worker.objects.filter(seen_at__gt=Now() - timedelta(seconds=STALE_SECONDS))
 
 
 def what_follows(pk):
@@ -32,25 +37,29 @@ def by_queue():
     Its key "workers" is how many workers take from the queue.
     """
     paused = is_paused(paused_names())
-    queued, is_due, is_later = Q(state="queued"), Q(due_at__lte=Now()), Q(due_at__gt=Now())
-    rows = Job.objects.filter(state__in=ACTIVE, sweep_at__isnull=False).values("queue")
-    active = rows.annotate(
-        durable_jobs_waiting=Count("queue", filter=queued & is_due & ~paused),
-        durable_jobs_blocked=Count("queue", filter=queued & is_due & paused),
-        durable_jobs_waiting_later=Count("queue", filter=queued & is_later),
+    is_due, is_later = Q(due_at__lte=Now()), Q(due_at__gt=Now())
+    # Each of these has an index of its own, which has all that it reads.
+    queued, running, blocked = (
+        Job.objects.filter(rows).values("queue")
+        for rows in (ADMITTED, LEASED, Q(blocked_by__isnull=False))
+    )
+    queued = queued.annotate(
+        durable_jobs_waiting=Count("queue", filter=is_due & ~paused),
+        durable_jobs_blocked=Count("queue", filter=is_due & paused),
+        durable_jobs_waiting_later=Count("queue", filter=is_later),
+        durable_jobs_oldest_wait_seconds=Now() - Min("due_at", filter=is_due & ~paused),
+    )
+    running = running.annotate(
         durable_jobs_running=Count("queue", filter=RUNNING),
         durable_jobs_stalled=Count("queue", filter=STALLED),
-        durable_jobs_oldest_wait_seconds=Now() - Min("due_at", filter=queued & is_due & ~paused),
     )
-    # All of these are queued. With state=…, PostgreSQL would read their rows: their index has no state.
-    rows = Job.objects.filter(blocked_by__isnull=False).values("queue")
-    blocked = rows.annotate(
+    blocked = blocked.annotate(
         durable_jobs_blocked=Count("queue", filter=is_due),
         durable_jobs_waiting_later=Count("queue", filter=is_later),
     )
     queues = defaultdict(Counter, {queue: Counter() for queue in known_queues()})
-    for row in [*active, *blocked]:
-        # `active` first: an empty Counter copies its timedelta, a filled one would add it to 0.
+    for row in [*queued, *running, *blocked]:
+        # `queued` first: an empty Counter copies its timedelta, a filled one would add it to 0.
         queues[row.pop("queue")].update(row)
     for worker in alive():
         slots = {"durable_jobs_slots": worker.slots, "durable_jobs_busy_slots": worker.busy}

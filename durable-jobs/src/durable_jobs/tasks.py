@@ -1,7 +1,7 @@
 """Jobs are tasks: @job declares one, and JobTask is the base class of all.
 
-JobTask says what delay(), retry() and report() do with a job's row. worker/execution.py says how a worker runs
-a task function.
+JobTask says what delay(), retry() and report() do with a job's row. How a worker runs a task function is in
+worker/execution.py and worker/runs.py, which no other process needs.
 """
 
 import sys
@@ -18,6 +18,7 @@ from celery.utils.functional import head_from_fun
 from celery.utils.time import maybe_make_aware
 
 from durable_jobs import batches
+from durable_jobs.coroutines import run_coroutine
 from durable_jobs.enqueue import (
     BULK_OPTIONS,
     EXPIRES,
@@ -34,15 +35,10 @@ from durable_jobs.enqueue import (
     insert,
     new_fields,
 )
-from durable_jobs.exceptions import JobError, JobLost
+from durable_jobs.exceptions import JobError
 from durable_jobs.models import Batch
-from durable_jobs.pools import shutting_down
-from durable_jobs.validation import MAX_COUNTDOWN, printable, uuids
-from durable_jobs.worker.children import JobRequest
-from durable_jobs.worker.execution import run_and_write, run_coroutine, trace
-from durable_jobs.worker.runs import describe, for_owner, process
-from durable_jobs.worker.shutdown import end_after_commit
-from durable_jobs.worker.steps import run_step
+from durable_jobs.process import process
+from durable_jobs.validation import MAX_COUNTDOWN, uuids
 
 __all__ = ["JobSignature", "JobTask", "job"]
 
@@ -84,6 +80,22 @@ def job(
     return declare(function) if function else declare
 
 
+def in_run(call):
+    """Wrap __call__() of a task's class: for the message of a job, its Run calls it, and writes how it ended."""
+
+    @wraps(call)
+    def __call__(self, *args, **kwargs):
+        if error := getattr(self.request, "start_error", None):  # of worker.execution.trace()
+            raise error
+        run = self._current_run
+        if run and not run.is_started:
+            return run.call(partial(call, self), args, kwargs)
+        return call(self, *args, **kwargs)  # a direct call, or apply()
+
+    __call__._is_in_run = True
+    return __call__
+
+
 class JobTask(Enqueueable[P], DjangoTask):
     """The base class of tasks that are jobs: see job().
 
@@ -100,11 +112,9 @@ class JobTask(Enqueueable[P], DjangoTask):
     acks_late = False  # the row survives a crash, so acknowledge the message immediately
     retry_on_worker_lost = False  # the row counts crashes
     ignore_result = True  # the row has the result
-    Request = JobRequest
     owner_may_run_again = False  # a job that failed or was cancelled, through the API
     # The key of its limit, or a function: see limits.py
     limit: str | Callable[..., str | None] | None = None
-    _tracer = None
     _limit_header = None  # a function with the task function's parameters: see on_bound()
 
     @property
@@ -115,8 +125,8 @@ class JobTask(Enqueueable[P], DjangoTask):
     def on_bound(cls, app):
         """Prepare the class of a task. Raises TypeError for options that a job cannot have. Celery calls it twice."""
         cls._check_methods()
-        if cls.__call__ is not JobTask._receive:
-            cls._call, cls.__call__ = cls.__call__, JobTask._receive
+        if not hasattr(cls.__call__, "_is_in_run"):
+            cls.__call__ = in_run(cls.__call__)
         for name in ("before_start", "exchange", "expires", "routing_key"):
             if getattr(cls, name, None) != getattr(DjangoTask, name, None):
                 hint = f": {EXPIRES}" if name == "expires" else ""
@@ -235,8 +245,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         check_times(options.get("countdown"), options.get("eta"))
         caught = sys.exception()
         if self._current_run and (exc or caught):
-            self._current_run.failure = describe(exc or caught, caught)
-            self._current_run.public_error = for_owner(exc or caught)
+            self._current_run.fails_with(exc or caught, caught)
         request = self.request
         was_eager, request.is_eager = request.is_eager, request.is_eager and not self._current_run
         try:  # Celery would leave the retry of an eager job to apply()
@@ -284,15 +293,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         The job continues in another worker.
         """
         if run := self._run_in_this_thread():
-            if run.lost:
-                raise JobLost
-            percent = int(100 * done / total) if total else 100
-            message = "" if message is None else printable(message)[:255]
-            run.report = {"progress": max(0, min(percent, 100)), "message": message}
-            if cursor is not None:
-                run.write_cursor(cursor)
-                if shutting_down.value:
-                    end_after_commit()
+            run.write_report(done, total, message, cursor)
 
     def step(
         self,
@@ -319,12 +320,7 @@ class JobTask(Enqueueable[P], DjangoTask):
         RuntimeError in a thread that the task function has started.
         """
         run = self._run_in_this_thread()
-        if not run:
-            return function(*args, **kwargs)
-        result = run_step(run, name, function, args, kwargs)
-        if shutting_down.value:
-            end_after_commit()
-        return result
+        return run.step(name, function, args, kwargs) if run else function(*args, **kwargs)
 
     @property
     def batch(self) -> Batch | None:
@@ -357,27 +353,6 @@ class JobTask(Enqueueable[P], DjangoTask):
         return self._current_run
 
     # In a worker
-
-    @property
-    def __trace__(self):
-        return self._tracer
-
-    @__trace__.setter
-    def __trace__(self, tracer):  # Celery does so before its worker starts
-        self._tracer = tracer and self._traced_by(tracer)
-
-    def _traced_by(self, tracer):
-        """Return what Celery calls for each message, and what calls Celery's `tracer` for each run."""
-        return partial(trace, self, tracer)
-
-    def _receive(self, *args, **kwargs):
-        """The __call__() of each task that is a job. `_call` is that of its class."""
-        if error := getattr(self.request, "start_error", None):  # of trace()
-            raise error
-        run = self._current_run
-        if run and not run.is_started:
-            return run_and_write(run, args, kwargs)
-        return self._call(*args, **kwargs)  # a direct call, or apply()
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Any:
         run = self._current_run

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import time
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from harness.containers import (
     check_rights,
     compose_config,
     composed,
+    docker,
     log_of,
     running_pods,
 )
@@ -221,6 +223,15 @@ class Migration(migrations.Migration):
 """
 
 
+def events_of(slug, since):
+    """Return what happened to the containers of a project, such as "start web"."""
+    filters = "type=container", f"label=com.docker.compose.project={slug}"
+    options = [option for each in filters for option in ("--filter", each)]
+    service = '{{index .Actor.Attributes "com.docker.compose.service"}}'
+    times = "--since", str(int(since)), "--until", str(int(time.time()) + 1)
+    return docker("events", *times, *options, "--format", "{{.Action}} " + service).splitlines()
+
+
 @on_third
 def test_make_up_again_migrates_first_then_replaces_web_then_the_rest(stack):
     """With new code and the settings of production. The data stays. A failure changes nothing."""
@@ -240,7 +251,11 @@ def test_make_up_again_migrates_first_then_replaces_web_then_the_rest(stack):
         services = stack.containers()
         assert all(services[name][0]["Id"] == before[name][0]["Id"] for name in before)
         migration.write_text(MIGRATION.format(then=""))
+        since = time.time()
         assert "Generated token" not in stack.make("up")
+        events = events_of(stack.project.name, since)
+        gap = events[events.index("die web") : events.index("start web")]
+        assert [event for event in gap if event.startswith("start")] == []
         stack.headers = HTTPS
         assert stack.request(order)[0] == 200
         stack.order()

@@ -212,7 +212,7 @@ def test_jobs_that_a_full_queue_refused_run_when_it_has_room(stack, gate):
     running = [stack.enqueue("hold", gate, queue="cpu") for _ in range(4)]
     stack.wait_until_started(*running)
     pauses = """
-refused = Job.objects.filter(pk__in=jobs, times_sent=0).annotate(pause=F("sweep_at") - Now())
+refused = Job.objects.filter(pk__in=jobs, times_sent=0).annotate(pause=F("send_at") - Now())
 result = [job.pause.total_seconds() for job in refused]
 """
     seen = []

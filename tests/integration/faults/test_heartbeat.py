@@ -14,10 +14,10 @@ from harness.project import wait_for
 def find(stack):
     """Return the row of the worker `mine`, or None."""
     code = """
-heartbeat.STALE_SECONDS = 6
+statistics.STALE_SECONDS = 6
 result = Worker.objects.filter(name__startswith="mine@").values("slots", "queues").first()
 if result:
-    result["is_alive"] = heartbeat.alive().filter(name__startswith="mine@").exists()
+    result["is_alive"] = statistics.alive().filter(name__startswith="mine@").exists()
 """
     return stack.ask(code)
 

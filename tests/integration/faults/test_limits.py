@@ -17,8 +17,8 @@ def exceeded(stack, jobs):
 
 def have_slots(stack, jobs):
     """Return whether some of these jobs occupy slots."""
-    ask = "result = Job.objects.filter(pk__in=jobs, sweep_at__isnull=False).exists()"
-    return stack.ask(ask, jobs=jobs)
+    ask = "result = Job.objects.filter(states.HAS_SLOT, pk__in=jobs).exists()"
+    return stack.ask(f"from durable_jobs import states\n{ask}", jobs=jobs)
 
 
 def check(stack, jobs):

@@ -147,7 +147,7 @@ def test_beat_needs_little_memory_for_due_jobs(stack, count, field, limit):
     megabytes = watch_memory(stack)
     jobs = enqueue_many(stack, count, "", countdown=99, queue="nobody")
     try:
-        stack.ask(f"Job.objects.filter(pk__in=jobs).update(sweep_at=Now(), {field})", jobs=jobs)
+        stack.ask(f"Job.objects.filter(pk__in=jobs).update(send_at=Now(), {field})", jobs=jobs)
         wait_for(lambda: stack.messages_in("nobody") >= count)
     finally:
         stack.ask('Job.objects.filter(queue="nobody").delete()')

@@ -8,7 +8,7 @@ import pytest
 from harness.bake import DEFAULTS, TEMPLATE
 from harness.blocks import code
 from harness.outputs import both_outputs, outputs, plain_output
-from harness.project import started
+from harness.project import connects, fetch, free_ports, started
 from harness.servers import Redis
 
 KEY = "0123456789abcdefghijklmnopqrstuvwxyz0123456789abcdefghijkl"
@@ -66,6 +66,42 @@ def test_a_mail_server_may_expect_tls_at_once(project):
     """As on port 465. A client's first byte is then 0x16; otherwise, it waits for a greeting."""
     variables = {"EMAIL_BACKEND": SMTP, "EMAIL_USE_SSL": "True"}
     assert project.shell(CONNECT, **variables) == r"b'\x16'"
+
+
+@plain_output
+def test_an_email_api_needs_no_mail_server(project):
+    variables = {**project.production(), "EMAIL_HOST": "", "DEBUG": "False"}
+    project.manage("check", **variables, EMAIL_BACKEND="anymail.backends.postmark.EmailBackend")
+
+
+@plain_output
+def test_flower_reads_dotenv_too(copied, addresses, tmp_path):
+    """It only shows tasks, and keeps its history when it restarts."""
+    copied.append(".env", "FLOWER_READ_ONLY=True\nFLOWER_PERSISTENT=True\n")
+    [port] = free_ports(1)
+    variables = {**addresses, "FLOWER_PORT": port, "FLOWER_BASIC_AUTH": "admin:secret"}
+    command, log = "celery -A config flower", tmp_path / "flower.log"
+    ready = {"is_ready": lambda: connects(port)}
+    with started(copied.process(command, log, **ready, **variables)) as [flower]:
+        url = f"http://127.0.0.1:{port}/api/task/revoke/1"
+        assert fetch(url, {}, auth=("admin", "secret"))[0] == 403
+        flower.stop()
+    assert [*copied.glob(".data/flower*")]
+
+
+LOGIN_PAGE = """
+from django.test import Client
+answer = Client(HTTP_HOST="localhost").get("/login/")
+print(*answer.cookies, answer["Content-Security-Policy"], sep=";")
+"""
+
+
+@both_outputs
+def test_projects_share_no_cookies_and_forms_may_redirect_to_another_site(project):
+    """Browsers send cookies to all ports of a host. `form-action` would also hold for redirects."""
+    printed = project.manage("shell", "-v0", "-c", LOGIN_PAGE)
+    assert project.name in printed.split(";")[0]
+    assert "default-src" in printed and "form-action" not in printed
 
 
 WINDOWS = """
@@ -274,6 +310,7 @@ def test_an_idle_worker_sends_redis_few_commands(project, tmp_path):
         return int(re.search(r"total_commands_processed:(\d+)", redis.cli("info", "stats"))[1])
 
     with started(redis, worker):
+        time.sleep(35)  # in its first 30 seconds, it looks for senders that ring no bell
         before = count()
         time.sleep(20)
         assert count() - before < 80

@@ -75,7 +75,9 @@ def test_a_task_that_would_not_run_is_found(copied):
     """Celery calls it, and gets an object that nothing uses. A job may be async."""
     copied.append("orders/tasks.py", TASKS)
     names = {"coroutine", "retried", "decorated_coroutine", "generator", "asynchronous_generator"}
-    assert found(copied, "check", "steady.E002") == {f"orders.tasks.{name}" for name in names}
+    assert found(copied, "check --fail-level WARNING", "steady.W008") == {
+        f"orders.tasks.{name}" for name in names
+    }
 
 
 @both_outputs
@@ -109,6 +111,22 @@ print("found", len([*check_uploads(None)]))
 def test_uploads_that_the_read_only_root_refuses_are_found(project):
     printed = project.manage("shell", "-v0", "-c", UPLOAD)
     assert re.findall("found ([0-9])", printed) == ["1", "1", "0", "0"]
+
+
+@both_outputs
+def test_a_source_map_that_is_missing_is_found_before_the_deploy(copied):
+    (copied / "orders/static").mkdir()
+    (copied / "orders/static/own.js").write_text("//# sourceMappingURL=missing.map")
+    with pytest.raises(AssertionError, match="missing.map"):
+        copied.call(".venv/bin/python", "-m", "pytest", "tests/test_static_files.py")
+
+
+@plain_output
+def test_sigterm_to_make_stops_everything(project):
+    """It comes from an IDE, `timeout` or CI. Ctrl-C comes to all processes of the terminal."""
+    with project.up() as site:
+        site.process.stop()
+        wait_for(lambda: not site.processes())
 
 
 WORKSPACE = """

@@ -9,7 +9,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Response
 
 from harness.outputs import both_outputs, plain_output, working
-from harness.project import wait_for
+from harness.project import fetch, free_ports, started, wait_for
 
 TASKS = """
 import logging
@@ -39,12 +39,18 @@ def apply():
     logging.getLogger("outer").warning("after apply")
 """
 VIEWS = """
+from django.http import UnreadablePostError
+
 
 def broken(request):
     raise LookupError("of the view")
 
 
-urlpatterns += [path("broken/", broken)]
+def hung_up(request):
+    raise UnreadablePostError("the client is gone")
+
+
+urlpatterns += [path("broken/", broken), path("hung-up/", hung_up)]
 """
 EVENTS = ["task_started", "task_retrying", "task_failed", "task_succeeded"]
 
@@ -115,6 +121,83 @@ result = client.get("{path}", headers=headers).status_code
     send(console, "kill")  # the death of a process is an event, too
     wait_for(lambda: "WorkerLostError" in str(events[5:]))
     assert len(events) == 7, events[5:]
+
+
+@both_outputs
+def test_a_scanner_and_a_client_that_hangs_up_are_no_events(running):
+    console, _, kept = running
+    events = kept["event"]
+    events.clear()
+    code = """
+from django.test import Client
+client = Client(raise_request_exception=False)
+requests = ("scanner", "/"), ("localhost", "/hung-up/"), ("localhost", "/broken/")
+get = lambda host, path: client.get(path, headers={"host": host, "x-forwarded-proto": "https"})
+result = [get(*request).status_code for request in requests]
+"""
+    assert console.ask(code) == [400, 500, 500]
+    wait_for(lambda: events)  # they arrive in order
+    assert ["LookupError" in str(event) for event in events] == [True]
+
+
+@both_outputs
+def test_lines_of_a_request_with_a_token_name_its_user(running):
+    """Also those of its tasks."""
+    console, lines, _ = running
+    code = """
+from django.test import Client
+from rest_framework.authtoken.models import Token
+from users.models import User
+user, _ = User.objects.get_or_create(username="tea", email="tea@example.com")
+token, _ = Token.objects.get_or_create(user=user)
+headers = {"host": "localhost", "x-forwarded-proto": "https", "authorization": f"Token {token}"}
+status = Client().post("/api/orders/", {"product": "Tea"}, "application/json", headers=headers)
+result = [status.status_code, user.pk]
+"""
+    status, pk = console.ask(code)
+    assert status in (201, 202)
+    wait_for(lambda: [line for line in lines("task_started") if line.get("user_id") == pk])
+
+
+PROCESSES = {  # {command: what the log says once it runs}
+    "gunicorn config.wsgi": "Booting worker",
+    "celery -A config worker": " ready.",
+    "celery -A config beat": "odd",
+    "celery -A config flower": "odd",
+}
+
+
+@plain_output
+def test_every_line_of_each_process_is_json(copied, addresses, tmp_path):
+    """Warnings, and those of a scanner, too. A client's header changes no path."""
+    copied.append("orders/tasks.py", '\nimport warnings\nwarnings.warn("odd")\n')
+    [quiet] = re.findall("CELERY_QUIET=.*", copied.read("Dockerfile"))
+    port, flower = free_ports(2)
+    variables = {**addresses, "DEBUG": "False", "ALLOWED_HOSTS": "localhost", "PORT": port}
+    variables |= {"FLOWER_PORT": flower, **dict([quiet.split("=")])}
+    variables["DATABASE_URL"] = f"sqlite:///{tmp_path}/db.sqlite3"
+    copied.manage("migrate", "-v0", **variables)
+    copied.manage("collectstatic", "-v0", "--noinput", **variables)
+    processes = [
+        copied.process(command, tmp_path / str(number), says=says, **variables)
+        for number, (command, says) in enumerate(PROCESSES.items())
+    ]
+    web = f"http://localhost:{port}"
+    https = {"X-Forwarded-Proto": "https"}
+    with started(*processes):
+        assert fetch(f"{web}/login/", headers=https)[0] == 200
+        assert fetch(f"{web}/login/", headers={**https, "Host": "scanner"})[0] == 400
+        assert fetch(f"{web}/x/login/", headers={**https, "SCRIPT_NAME": "/x"})[0] == 404
+        for process in processes:
+            process.stop()
+    for process in processes:
+        printed = process.printed.splitlines()
+        # Celery's handler of SIGQUIT writes to standard output itself, because it mustn't log.
+        printed = [line for line in printed if line and not line.startswith("worker: ")]
+        assert [line for line in printed if not line.startswith("{")] == []
+        lines = [json.loads(line) for line in printed]
+        assert "odd" in str(lines)
+        assert not [line for line in lines if line["level"] in ("error", "critical")]
 
 
 SCHEDULED = """

@@ -230,15 +230,6 @@ def test_redis_may_have_a_socket_and_users(stack, tmp_path, address):
 
 
 @on_redis
-def test_a_child_process_is_replaced_after_a_thousand_tasks(stack):
-    stack.replace_worker("--concurrency 1")
-    tasks = stack.ask("result = [quick.delay().id for _ in range(1001)]")
-    # Tasks that other tests have left may run in between, so the child may end a few tasks earlier.
-    assert len(pids(stack, [tasks[0], tasks[900]])) == 1
-    assert len(pids(stack, tasks[900:])) == 2
-
-
-@on_redis
 def test_a_child_process_that_needs_much_memory_is_replaced(stack):
     stack.replace_worker("--concurrency 1", WORKER_MAX_KILOBYTES=1)
     assert len(pids(stack, [stack.send("quick") for _ in range(3)])) == 3

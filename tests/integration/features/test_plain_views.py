@@ -23,6 +23,7 @@ from django.views import View
 from rest_framework.decorators import api_view
 from rest_framework.views import APIView
 from config.celery import app
+from config.middleware import UNAVAILABLE
 from api.views import accepted
 from orders.tasks import email_forecasts, write_report as task
 
@@ -83,6 +84,10 @@ async def asynchronous(request):
     return await sync_to_async(answer)(request)
 
 
+def own(request):
+    raise next(error for error in UNAVAILABLE if not error.__module__.startswith("kombu"))
+
+
 KINDS = {
     "function": answer,
     "login": login_required(answer),
@@ -93,7 +98,7 @@ KINDS = {
     "APIView": Api.as_view(),
 }
 urlpatterns += [path(f"kinds/{kind}/", view) for kind, view in KINDS.items()]
-urlpatterns += [path("kinds/json/", read)]
+urlpatterns += [path("kinds/json/", read), path("kinds/own/", own)]
 """
 CLIENT = """
 import time
@@ -197,6 +202,11 @@ def test_a_broker_that_hangs_is_a_503_too(console, project, hanging):
     found = send(stuck, pairs)
     assert [each for each in found if each[:2] != [503, True]] == []
     assert act(stuck) == [True] * 3
+
+
+@each_broker
+def test_an_error_of_a_client_of_ones_own_is_not_the_brokers(console):
+    assert console().ask(CLIENT + 'result = client.get("/kinds/own/").status_code') == 500
 
 
 DEEP = """

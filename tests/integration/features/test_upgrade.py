@@ -21,7 +21,7 @@ ANSWERS = {"project_name": "Tea Shop", "broker": "rabbitmq", "include_example": 
 # The same at the prompts, in the order of the options: the second broker, the second answer.
 TYPED = ["Tea Shop", *[""] * 4, "2", *[""] * 6, "2"]
 SETTINGS = "config/settings.py"
-OWNERS = '"PAGE_SIZE": 20', '"PAGE_SIZE": 50'
+OWNERS = 'STATIC_URL = "static/"', 'STATIC_URL = "files/"'
 TEMPLATES = '"TASK_TIME_LIMIT", 600', '"TASK_TIME_LIMIT", 500'
 
 

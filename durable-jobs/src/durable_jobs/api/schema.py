@@ -1,5 +1,7 @@
 """What drf-spectacular cannot see in the views: headers, and answers other than an object."""
 
+from drf_spectacular.extensions import OpenApiSerializerFieldExtension
+from drf_spectacular.plumbing import ResolvedComponent
 from drf_spectacular.utils import OpenApiParameter, OpenApiResponse, extend_schema
 from rest_framework.settings import api_settings
 
@@ -17,6 +19,18 @@ def describe(status, serializer):
     """Describe an action that takes no data and answers with this status."""
     answers = {status: serializer, 409: CONFLICT}
     return extend_schema(request=None, responses=answers, parameters=HEADERS)
+
+
+class StateExtension(OpenApiSerializerFieldExtension):
+    """Names the enum. Otherwise, it would clash with that of any other field `state` of the project."""
+
+    target_class = "durable_jobs.api.serializers.StateField"
+
+    def map_serializer_field(self, auto_schema, direction):
+        schema = {"type": "string", "enum": [*self.target.choices]}
+        component = ResolvedComponent("JobState", ResolvedComponent.SCHEMA, schema, "JobState")
+        auto_schema.registry.register_on_missing(component)
+        return component.ref
 
 
 class EnqueueSchema(api_settings.DEFAULT_SCHEMA_CLASS):

@@ -30,6 +30,10 @@ def may_run_again(user, job):
     return has_job_perm(user, "delete") or (is_owner and is_allowed)
 
 
+class StateField(serializers.ChoiceField):
+    """The state of a job, which has a name of its own in the schema."""
+
+
 class FailureSerializer(serializers.ModelSerializer):
     class Meta:
         model = Failure
@@ -37,6 +41,7 @@ class FailureSerializer(serializers.ModelSerializer):
 
 
 class NextJobSerializer(serializers.ModelSerializer):
+    serializer_choice_field = StateField
     url = serializers.HyperlinkedIdentityField(view_name="durable_jobs:job-detail")
 
     class Meta:
@@ -67,6 +72,7 @@ class RowSerializer(serializers.ModelSerializer):
 
 
 class ListedJobSerializer(RowSerializer):
+    serializer_choice_field = StateField
     find_reasons = staticmethod(reasons)
     url = serializers.HyperlinkedIdentityField(view_name="durable_jobs:job-detail")
     reason = Computed(help_text="what it waits for, or why it does not move")
@@ -86,7 +92,7 @@ class ListedJobSerializer(RowSerializer):
         return job.error if is_trusted else job.public_error or GENERIC_ERROR
 
     def get_can_run_again(self, job) -> bool:
-        has_ended = job.finished_at and not job.sweep_at  # a cancelled one may still run
+        has_ended = job.finished_at and not job.lease_ends_at  # a cancelled one may still run
         return bool(has_ended) and may_run_again(self.user, job)
 
 

@@ -9,7 +9,7 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 
 from durable_jobs import admission, batches, conf, transitions
-from durable_jobs.database import try_in_halves
+from durable_jobs.database import skip_locked, try_in_halves
 from durable_jobs.models import Batch, Job
 from durable_jobs.worker.heartbeat import delete_old as delete_old_workers
 
@@ -67,7 +67,7 @@ class Purge:
         locked = old.order_by("pk").select_for_update().values_list("pk", flat=True)
         unneeded = self.unneeded(list(locked))
         # Django loads what it deletes. Load only the keys, because results may be large.
-        _, deleted = transitions.skip_locked(rows.filter(unneeded)).only("pk").delete()
+        _, deleted = skip_locked(rows.filter(unneeded)).only("pk").delete()
         if count := deleted.get("durable_jobs.Job"):
             logger.info("deleted %d jobs older than %g days", count, conf.RETENTION_DAYS)
 

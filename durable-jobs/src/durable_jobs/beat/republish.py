@@ -7,7 +7,6 @@ from collections import Counter
 from datetime import timedelta
 
 from celery import current_app
-from django.db import transaction
 from django.db.models import Min, Q
 
 from durable_jobs import admission, conf, hooks, transitions
@@ -15,13 +14,12 @@ from durable_jobs.database import IDLE_TIMEOUT, Now, may_succeed_later
 from durable_jobs.messages import MESSAGE_FIELDS, messages_in, send
 from durable_jobs.models import Job
 from durable_jobs.pauses import is_paused, paused_names
-from durable_jobs.states import QUEUED, RUNNING, SENT
+from durable_jobs.states import ADMITTED, QUEUED, RUNNING, SENT
 from durable_jobs.validation import printable
 
 logger = logging.getLogger(__name__)
 
 REFUSALS = 5  # a job fails when the broker has refused its message this many times, and took others
-MAX_RESEND_SECONDS = 3600  # between two messages of a job
 MIN_PAUSE = 0.5  # seconds between two rounds, however many countdowns end
 MIN_RATE_PAUSE = 0.02  # the same for rates: with a longer one, a rate such as 5/s would fall short
 
@@ -43,11 +41,11 @@ class Sender:
         pause = conf.SWEEP_SECONDS
         paused = paused_names()
         until_due, until_rate = admission.admit_due(paused)
-        queued = Job.objects.filter(state="queued").exclude(is_paused(paused))
+        queued = Job.objects.filter(ADMITTED).exclude(is_paused(paused))
         until = time.monotonic() + pause
-        soon = queued.filter(sweep_at__lt=Now() + timedelta(seconds=pause))
-        is_countdown = Q(times_sent=0, sweep_at__gt=Now())
-        first, countdown = Min("sweep_at"), Min("sweep_at", filter=is_countdown)
+        soon = queued.filter(send_at__lt=Now() + timedelta(seconds=pause))
+        is_countdown = Q(times_sent=0, send_at__gt=Now())
+        first, countdown = Min("send_at"), Min("send_at", filter=is_countdown)
         rows = soon.values_list("queue").annotate(first=first - Now(), next=countdown - Now())
         names = [name for name, first, _ in rows if first < timedelta()]
         countdowns = [wait.total_seconds() for *_, wait in rows if wait is not None]
@@ -74,18 +72,17 @@ class Sender:
     def send_some(self, queued, name, resend, broker):
         """Send at most BATCH_SIZE of these queued jobs, of this queue. Returns whether more may be due."""
         waiting = messages_in(name, broker)
-        # Blocked jobs have no sweep_at. The index durable_jobs_job_active leaves them out.
-        queued = queued.filter(queue=name, sweep_at__isnull=False)
+        queued = queued.filter(queue=name)
         # How many should have a message, less those that are there. What workers have prefetched counts as missing, too: a
         # second message does no harm.
         missing = queued.filter(times_sent__gt=0).count() - waiting
         # The oldest jobs first. These are also the ones to send again: workers take the oldest messages first,
         # so the messages that are left belong to the newest jobs, and the missing ones to the oldest.
-        due = queued.filter(IDLE_TIMEOUT, sweep_at__lte=Now()).order_by("sweep_at")
-        ids = mark_sent(due.filter(times_sent=0)[: admission.BATCH_SIZE])
+        due = queued.filter(IDLE_TIMEOUT, send_at__lte=Now()).order_by("send_at")
+        ids = transitions.count_message(due.filter(times_sent=0)[: admission.BATCH_SIZE])
         if resend and missing > 0:
             most = min(missing, admission.BATCH_SIZE - len(ids))
-            ids += mark_sent(due.filter(times_sent__gt=0)[:most])
+            ids += transitions.count_message(due.filter(times_sent__gt=0)[:most])
         try:
             try:
                 self.load_and_send(ids)
@@ -119,7 +116,7 @@ class Sender:
                 self.load_and_send([pk])
             except Exception as error:
                 is_empty = not messages_in(name, broker)  # raises if the broker is unavailable
-                transitions.requeue(Job.objects.filter(SENT, pk=pk), conf.RESEND_SECONDS)
+                transitions.send_again(Job.objects.filter(pk=pk), conf.RESEND_SECONDS)
                 not_taken += 1
                 self.refusals[pk] += takes_others and is_empty
                 if self.refusals[pk] >= REFUSALS:
@@ -132,21 +129,6 @@ class Sender:
 def fail(pk, error):
     """Write that a job that cannot be sent has failed, unless a worker had its message after all."""
     text = f"The broker refused it {REFUSALS} times: {error!r:.500}"
-    if transitions.finish(Job.objects.filter(QUEUED, pk=pk), "failed", error=text):
+    if transitions.fail(Job.objects.filter(QUEUED, pk=pk), error=text):
         logger.error("job %s failed: %s", pk, text)
         hooks.failed(Job.objects.get(pk=pk), error)
-
-
-def mark_sent(due):
-    """Count one more message for these jobs, and set when the next one is due. Skip locked rows.
-
-    Returns their ids.
-    """
-    with transaction.atomic():
-        jobs = list(due.select_for_update(skip_locked=True).values_list("pk", "times_sent"))
-        for before in {times_sent for _, times_sent in jobs}:
-            wait = min(conf.RESEND_SECONDS * 2 ** min(before, 20), MAX_RESEND_SECONDS)
-            pks = [pk for pk, times_sent in jobs if times_sent == before]
-            rows = Job.objects.filter(pk__in=pks)
-            rows.update(times_sent=before + 1, sweep_at=Now() + timedelta(seconds=wait))
-    return [pk for pk, _ in jobs]

@@ -1,6 +1,5 @@
 """Additions to Celery's Beat: it enqueues each job once per due time, and runs the sweeper."""
 
-import json
 import logging
 import threading
 import time
@@ -14,7 +13,6 @@ from django.db import IntegrityError, close_old_connections, connection
 
 from durable_jobs.beat.sweeper import Sweeper
 from durable_jobs.database import may_succeed_later, wait_for
-from durable_jobs.messages import find_task
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
 
@@ -25,29 +23,6 @@ def start(sender, **kwargs):
     """Prepare Beat's service (`sender`), which has just started."""
     OncePerDueTime(sender).start()
     Sweeper(watch_ticks(sender)).start()
-
-
-def check_entry(name, args, kwargs, options):
-    """Raise TypeError or ValueError if Beat cannot start the task `name` with this call."""
-    task = find_task(name)
-    if task is None:
-        raise ValueError(f"there is no task {name!r}: write the full path, such as app.tasks.name")
-    if not isinstance(args, (list, tuple)) or not isinstance(kwargs, dict):
-        raise TypeError("args must be a list, such as [10], and kwargs a dictionary")
-    args = [None if isinstance(arg, BeatLazyFunc) else arg for arg in args]
-    kwargs = {key: None if isinstance(arg, BeatLazyFunc) else arg for key, arg in kwargs.items()}
-    if isinstance(task, JobTask):
-        task._fields_of(args, kwargs, options)
-    elif task.typing:
-        task.__header__(*args, **kwargs)
-
-
-def check_row(row):
-    """Raise TypeError or ValueError if Beat cannot start the job of this row of django-celery-beat."""
-    if isinstance(find_task(row.task), JobTask):
-        names = ["queue", "exchange", "routing_key", "priority", "expires", "expire_seconds"]
-        options = {name: getattr(row, name) for name in names}
-        check_entry(row.task, json.loads(row.args), json.loads(row.kwargs), options)
 
 
 def watch_ticks(beat):

@@ -4,7 +4,6 @@ import logging
 import os
 import threading
 import time
-import uuid
 from datetime import timedelta
 
 from celery_steady.liveness import touch_liveness_file
@@ -13,8 +12,8 @@ from django.db import connection, transaction
 from durable_jobs import batches, conf, transitions
 from durable_jobs.beat.purge import clean_forever
 from durable_jobs.beat.republish import Sender
-from durable_jobs.database import Now, may_succeed_later, try_in_halves
-from durable_jobs.enqueue import CHUNK
+from durable_jobs.compiler import CHUNK
+from durable_jobs.database import Now, locking, may_succeed_later, try_in_halves
 from durable_jobs.models import Job, Sweep
 from durable_jobs.worker.lease import POLL_SECONDS, recover
 
@@ -83,13 +82,11 @@ class Sweeper:
 
 def recover_lapsed():
     """Recover the running jobs whose lease was not renewed, and free the slots of cancelled ones."""
-    lapsed = Job.objects.filter(state__in=["running", "cancelled"], sweep_at__lte=Now())
+    lapsed = Job.objects.filter(lease_ends_at__lte=Now())
     with transaction.atomic():  # skip a row that the job's own function has locked
-        ids = list(transitions.locking(lapsed).values_list("pk", flat=True)[:CHUNK])
+        ids = list(locking(lapsed).values_list("pk", flat=True)[:CHUNK])
     if ids:
-        # Wait while another transaction locks the whole table, as CREATE INDEX does: meanwhile, rows can be read,
-        # but no lease can be renewed. This is an UPDATE of no row.
-        Job.objects.filter(pk=uuid.uuid4()).update(crashes=0)
+        transitions.wait_until_writable()
         # A worker that was delayed, for example by a lock, renews its leases in this time.
         time.sleep(2 * POLL_SECONDS)
         try_in_halves(recover, lapsed, ids)

@@ -17,11 +17,11 @@ from celery.utils.functional import head_from_fun
 from django.core.exceptions import ValidationError
 from django.utils.module_loading import import_string
 
+from durable_jobs.coroutines import run_coroutine
 from durable_jobs.database import wait_for
 from durable_jobs.enqueue import enqueue
 from durable_jobs.models import Job
 from durable_jobs.tasks import JobTask
-from durable_jobs.worker.execution import run_coroutine
 
 try:
     from django.tasks import base, signals

@@ -3,6 +3,7 @@
 import math
 from datetime import timedelta
 
+from django.db import OperationalError
 from django.db.models import Count, F, Min
 from django.http import HttpResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -11,9 +12,9 @@ from rest_framework.permissions import IsAdminUser
 from rest_framework.views import APIView
 
 from durable_jobs.database import Now
+from durable_jobs.diagnosis import in_time
 from durable_jobs.models import Batch, Pause, Sweep
-from durable_jobs.statistics import by_queue, by_task, p95
-from durable_jobs.worker.heartbeat import alive
+from durable_jobs.statistics import alive, by_queue, by_task, p95
 
 __all__ = ["Metrics"]
 
@@ -44,7 +45,7 @@ METRICS = QUEUE_METRICS | {
 
 
 class Collector:
-    """The collector for prometheus_client. It makes eleven queries, however many jobs there are."""
+    """The collector for prometheus_client. It makes twelve queries, however many jobs there are."""
 
     def collect(self):
         rows = [dict.fromkeys(QUEUE_METRICS, 0) | row for row in by_queue()]
@@ -93,4 +94,8 @@ class Metrics(APIView):
         return super().perform_content_negotiation(request, force=True)  # there is only one format
 
     def get(self, request):
-        return HttpResponse(generate_latest(Collector()), content_type=CONTENT_TYPE_LATEST)
+        try:
+            with in_time():
+                return HttpResponse(generate_latest(Collector()), content_type=CONTENT_TYPE_LATEST)
+        except OperationalError as error:
+            return HttpResponse(str(error), status=503, content_type="text/plain")

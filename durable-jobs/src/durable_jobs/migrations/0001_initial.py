@@ -108,8 +108,10 @@ class Migration(migrations.Migration):
                 ('run_token', models.UUIDField(help_text='token of the run that owns this job', null=True)),
                 ('worker', models.CharField(help_text='of the last run', max_length=255)),
                 ('due_at', models.DateTimeField(help_text='when a worker may start it', null=True)),
-                ('sweep_at', models.DateTimeField(help_text='when the sweeper must look at it', null=True)),
+                ('send_at', models.DateTimeField(help_text='when its message is sent (again)', null=True)),
+                ('lease_ends_at', models.DateTimeField(help_text='when its worker counts as dead', null=True)),
                 ('deadline', models.DateTimeField(help_text='when the run is over its time limit', null=True)),
+                ('is_late', models.BooleanField(default=False, help_text='whether the run is over its time limit')),
                 ('times_sent', models.PositiveSmallIntegerField(default=0, help_text='messages since queued')),
                 ('retries', models.PositiveIntegerField(default=0)),
                 ('crashes', models.PositiveSmallIntegerField(default=0, help_text='times its worker died')),
@@ -194,7 +196,11 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('sweep_at__isnull', False)), fields=['state', 'queue', 'times_sent', 'sweep_at', 'due_at'], name='durable_jobs_job_active'),
+            index=models.Index(condition=models.Q(('send_at__isnull', False)), fields=['queue', 'times_sent', 'send_at', 'due_at'], name='durable_jobs_job_queued'),
+        ),
+        migrations.AddIndex(
+            model_name='job',
+            index=models.Index(condition=models.Q(('lease_ends_at__isnull', False)), fields=['lease_ends_at', 'state', 'queue'], name='durable_jobs_job_leased'),
         ),
         migrations.AddIndex(
             model_name='job',
@@ -202,7 +208,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='job',
-            index=models.Index(condition=models.Q(('limit_key__isnull', False), ('sweep_at__isnull', False)), fields=['limit_key'], name='durable_jobs_job_slot'),
+            index=models.Index(condition=models.Q(('limit_key__isnull', False), models.Q(('send_at__isnull', False), ('lease_ends_at__isnull', False), _connector='OR')), fields=['limit_key'], name='durable_jobs_job_slot'),
         ),
         migrations.AddConstraint(
             model_name='job',
@@ -218,7 +224,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddConstraint(
             model_name='job',
-            constraint=models.CheckConstraint(condition=models.Q(models.Q(('finished_at', None), ('run_token', None), ('state', 'queued'), models.Q(models.Q(('blocked_by__isnull', False), ('sweep_at', None)), models.Q(('blocked_by', None), ('sweep_at__isnull', False)), _connector='OR')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at', None), ('state', 'running')), models.Q(models.Q(models.Q(('blocked_by', None), ('sweep_at__isnull', False)), ('run_token__isnull', False)), ('finished_at__isnull', False), ('state', 'cancelled')), models.Q(models.Q(('blocked_by', None), ('run_token', None), ('sweep_at', None)), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled'])), _connector='OR'), name='durable_jobs_job_state'),
+            constraint=models.CheckConstraint(condition=models.Q(models.Q(models.Q(('lease_ends_at', None), ('run_token', None)), ('finished_at', None), ('state', 'queued'), models.Q(models.Q(models.Q(('blocked_by__isnull', False)), ('send_at', None)), models.Q(models.Q(('send_at__isnull', False)), ('blocked_by', None)), _connector='OR')), models.Q(models.Q(models.Q(('blocked_by', None), ('send_at', None)), models.Q(('lease_ends_at__isnull', False)), ('run_token__isnull', False)), ('finished_at', None), ('state', 'running')), models.Q(models.Q(models.Q(('blocked_by', None), ('send_at', None)), models.Q(('lease_ends_at__isnull', False)), ('run_token__isnull', False)), ('finished_at__isnull', False), ('state', 'cancelled')), models.Q(models.Q(('blocked_by', None), ('send_at', None)), models.Q(('lease_ends_at', None), ('run_token', None)), ('finished_at__isnull', False), ('state__in', ['succeeded', 'failed', 'cancelled'])), _connector='OR'), name='durable_jobs_job_state'),
         ),
         migrations.RunPython(clean_up_sooner, migrations.RunPython.noop),
         migrations.RunSQL(CREATE_LOAD, DROP_LOAD),

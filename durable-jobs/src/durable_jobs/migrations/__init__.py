@@ -6,18 +6,16 @@
 CREATE_LOAD = """
 CREATE VIEW durable_jobs_load AS
 SELECT queue, COUNT(*) AS jobs
-FROM durable_jobs_job
-WHERE state IN ('queued', 'running')
-  AND sweep_at IS NOT NULL
-  AND (
-    state = 'running'
-    OR (
-      (times_sent > 0 OR sweep_at < CURRENT_TIMESTAMP)
-      AND NOT EXISTS (
-        SELECT 1 FROM durable_jobs_pause WHERE name IN (durable_jobs_job.queue, durable_jobs_job.task)
-      )
+FROM (
+  SELECT queue FROM durable_jobs_job WHERE lease_ends_at IS NOT NULL AND state = 'running'
+  UNION ALL
+  SELECT queue FROM durable_jobs_job
+  WHERE send_at IS NOT NULL
+    AND (times_sent > 0 OR send_at < CURRENT_TIMESTAMP)
+    AND NOT EXISTS (
+      SELECT 1 FROM durable_jobs_pause WHERE name IN (durable_jobs_job.queue, durable_jobs_job.task)
     )
-  )
+) AS active
 GROUP BY queue
 """
 DROP_LOAD = "DROP VIEW durable_jobs_load"

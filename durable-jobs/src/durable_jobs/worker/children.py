@@ -17,9 +17,9 @@ from celery.worker.request import Request
 from durable_jobs import conf
 from durable_jobs.messages import HEADER, fields_in
 from durable_jobs.models import Job
+from durable_jobs.process import process
 from durable_jobs.worker.forks import between_forks, in_thread
 from durable_jobs.worker.lease import POLL_SECONDS, recover, renew
-from durable_jobs.worker.runs import process
 
 logger = logging.getLogger(__name__)
 

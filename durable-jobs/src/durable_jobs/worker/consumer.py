@@ -7,6 +7,8 @@ from celery_steady import consumer, tasks
 
 from durable_jobs.messages import fields_in, is_job
 from durable_jobs.worker import shutdown, startup
+from durable_jobs.worker.children import JobRequest
+from durable_jobs.worker.execution import trace_jobs
 
 
 class Consumer(consumer.Consumer):
@@ -19,10 +21,14 @@ class Consumer(consumer.Consumer):
             signals.worker_shutting_down.connect(self.begin_shutdown)
         super().start()
 
+    def update_strategies(self):
+        super().update_strategies()
+        trace_jobs(self.app)
+
     def prepare(self, task):
-        """Let a job raise what it likes: worker/execution.py writes what that means."""
+        """In threads and greenlets, let a job raise what it likes: worker/runs.py writes what that means."""
         if is_job(task):
-            task.Request = tasks.failing(task.Request)
+            task.Request = tasks.failing(JobRequest)
             tasks.end_copies(task)
         else:
             super().prepare(task)

@@ -8,7 +8,7 @@ from django.db import connection
 
 from durable_jobs.database import wait_for
 from durable_jobs.pools import pool
-from durable_jobs.worker.runs import process
+from durable_jobs.process import process
 
 forking = pool.Lock()
 if hasattr(os, "register_at_fork"):  # not on Windows, where only web servers and commands run

@@ -22,14 +22,8 @@ from durable_jobs.worker.forks import between_forks
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10  # between two heartbeats
-STALE_SECONDS = 30  # a worker without a heartbeat for this time counts as dead
 KEEP_SECONDS = 3600  # until the row of a dead worker is deleted
 LOCK_SECONDS = 5  # how long a worker that ends waits for a heartbeat that is being written
-
-
-def alive():
-    """Return the workers that respond."""
-    return Worker.objects.filter(seen_at__gt=Now() - timedelta(seconds=STALE_SECONDS))
 
 
 def delete_old():

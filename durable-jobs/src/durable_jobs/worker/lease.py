@@ -13,13 +13,13 @@ from django.db import close_old_connections, transaction
 from django.db.models import Q
 
 from durable_jobs import admission, conf, hooks, transitions
-from durable_jobs.database import Now
+from durable_jobs.database import Now, locking, skip_locked
+from durable_jobs.exceptions import OVER_TIME_LIMIT
 from durable_jobs.messages import MESSAGE_FIELDS
 from durable_jobs.models import Job
 from durable_jobs.pools import pool
-from durable_jobs.states import PAST_DEADLINE
-from durable_jobs.transitions import lease_end
-from durable_jobs.worker.runs import OVER_TIME_LIMIT, jobs_of, process
+from durable_jobs.process import process
+from durable_jobs.worker.runs import jobs_of
 
 logger = logging.getLogger(__name__)
 
@@ -58,14 +58,13 @@ def write_and_renew(to_write):
     """
     reports = {run: run.report for run in to_write}
     with transaction.atomic():
-        rows = transitions.locking(jobs_of(to_write))
+        rows = locking(jobs_of(to_write))
         ended_at = dict(rows.values_list("run_token", "finished_at"))  # a time if it is cancelled
         ours = [run for run in to_write if run.token in ended_at]
         reported = [run for run in ours if reports[run] and not ended_at[run.token]]
         others = set(ours) - set(reported)  # without a report, or cancelled: renew only the lease
-        jobs_of(others).update(sweep_at=lease_end())
-        jobs = [Job(pk=run.job_id, sweep_at=lease_end(), **reports[run]) for run in reported]
-        Job.objects.bulk_update(jobs, ["progress", "message", "sweep_at"])
+        transitions.renew(jobs_of(others))
+        transitions.renew_and_report({run.job_id: reports[run] for run in reported})
     for run in ours:
         run.stored_report, run.lost = reports[run], bool(ended_at[run.token])
         run.plan_renewal()
@@ -81,22 +80,22 @@ def write_and_renew(to_write):
 @transaction.atomic
 def renew(jobs):
     """Renew the leases of these jobs. Skip locked rows."""
-    transitions.skip_locked(jobs).update(sweep_at=lease_end())
+    transitions.renew(skip_locked(jobs))
 
 
 @transaction.atomic
 def recover(jobs, are_late=False):
     """Queue the jobs of dead workers again, or fail them. Free the slots of cancelled ones. Skip locked rows.
 
-    A job over its time limit fails, whatever its `crashes`. There are two signs: lease_end() has marked the row, as
-    the function runs on, or Celery killed the child (`are_late`). A child whose lease had lapsed has crashed: it was
+    A job over its time limit fails, whatever its `crashes`. There are two signs: its worker has written so, see
+    transitions.renewed(), or Celery killed the child (`are_late`). A child whose lease had lapsed has crashed: it was
     frozen, or dead, before its limit.
     """
-    late, keys = PAST_DEADLINE, set()
+    late, keys = Q(is_late=True), set()
     if are_late:
-        late |= Q(sweep_at__gt=Now())
+        late |= Q(lease_ends_at__gt=Now())
     fields = ["state", *MESSAGE_FIELDS]
-    for job in transitions.locking(jobs).only(*fields).annotate(late=late):
+    for job in locking(jobs).only(*fields).annotate(late=late):
         crashes = job.crashes + 1
         keys |= {job.limit_key} - {None}
         died = {"error": "Its worker died", "exception": "celery.exceptions.WorkerLostError"}
@@ -112,7 +111,7 @@ def recover(jobs, are_late=False):
         else:
             delay = RECOVERY_DELAY * 2 ** min(job.crashes, 9) * random.uniform(0.8, 1.2)
             row = Job.objects.filter(pk=job.pk)
-            transitions.requeue(row, delay, died, crashes=crashes, public_error=STOPPED)
+            transitions.recover(row, died, delay, crashes=crashes, public_error=STOPPED)
             hooks.after_commit(hooks.retried, job, WorkerLostError(died["error"]))
             text = "job %s lost its worker and will start again in %.0f s"
             logger.warning(text, job.pk, delay)
@@ -121,6 +120,6 @@ def recover(jobs, are_late=False):
 
 def fail(job, exception, failure, error, public_error="", **changes):
     texts = {"error": error, "public_error": public_error or error}
-    transitions.finish(Job.objects.filter(pk=job.pk), "failed", failure=failure, **texts, **changes)
+    transitions.fail(Job.objects.filter(pk=job.pk), failure, **texts, **changes)
     hooks.after_commit(hooks.failed, job, exception(error))
     logger.error("job %s failed: %s", job.pk, error)

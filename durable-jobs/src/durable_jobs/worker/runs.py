@@ -1,4 +1,4 @@
-"""One run of a job: it claims the row, keeps what its function reports, and writes how that ended."""
+"""One run of a job: it claims the row, calls the function, keeps what that reports, and writes how it ended."""
 
 import json
 import logging
@@ -11,64 +11,48 @@ from functools import partial
 from traceback import format_exception, format_exception_only
 
 from celery import signals
-from celery.exceptions import Ignore, SoftTimeLimitExceeded
-from django.db import ProgrammingError, transaction
+from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
+from django.db import ProgrammingError, connection, transaction
+from django.db.transaction import TransactionManagementError
 
-from durable_jobs import admission, batches, conf, pauses, transitions
-from durable_jobs.database import in_transaction, timeouts, wait_for, wait_past_soft_limit
-from durable_jobs.exceptions import JobError, JobLost
+from durable_jobs import admission, batches, conf, transitions
+from durable_jobs.database import (
+    end_interrupted_query,
+    in_transaction,
+    roll_back_open_transaction,
+    timeouts,
+    wait_for,
+    wait_past_soft_limit,
+)
+from durable_jobs.exceptions import OVER_TIME_LIMIT, JobError, JobLost, WorkerStopping
+from durable_jobs.messages import fields_in
 from durable_jobs.models import Batch, Job
-from durable_jobs.pools import pool
+from durable_jobs.pools import pool, shutting_down
+from durable_jobs.process import child_has_crashed, process
 from durable_jobs.publish import publish
 from durable_jobs.states import UNFINISHED
-from durable_jobs.transitions import lease_end
 from durable_jobs.validation import MAX_RESULT_BYTES, as_json, check_size, printable, to_json
+from durable_jobs.worker.steps import run_step
 
 logger = logging.getLogger(__name__)
 
-OVER_TIME_LIMIT = "Exceeded its time limit"
 UNREAD = object()  # a value that must be read from the database
-
-
-class Process:
-    """The runs of this process."""
-
-    def __init__(self):
-        self.runs = {}  # {token: Run} of those whose functions run
-        self.suspect = None  # the Run whose job fails at its next crash: see become_suspect()
-        self.lock = pool.Lock()
-        self.renews_leases = False  # whether its thread has started
-        self.is_prefork = False  # whether this worker has child processes
-
-    def has_run_of(self, task):
-        return any(run.task is task for run in tuple(self.runs.values()))
-
-
-process = Process()
 
 
 class Run:
     """One run of a job. It owns the job as long as `Job.run_token` is its token.
 
-    Use it as a context manager: the lease is renewed inside the block. `request` is Celery's, and `header` what
-    messages.fields_in() returns: see message_of().
+    Use it as a context manager: the lease is renewed inside the block. `request` is Celery's, with the header of the
+    job: see messages.message_of().
     """
 
-    def __init__(self, task, request, header):
-        self.task, self.job_id = task, request.id
+    def __init__(self, task, request):
+        self.task, self.request, self.job_id = task, request, request.id
+        header = fields_in(vars(request))  # Sentry replaces request.headers
         # The worker's main process has chosen it: see children.py.
         self.token = header.get("run_token") or uuid.uuid4()
         self.batch_id, self.limit_key = header.get("batch"), header.get("limit_key")
-        self.results_of = header.get("results_of")
-        self.claim_fields = {
-            "id": self.job_id,
-            "run_token": self.token,
-            "worker": request.hostname,
-            "retries": request.retries,
-            "crashes": header["crashes"],
-            "time_limit": timedelta(seconds=task.time_limit),
-            "lease": timedelta(seconds=conf.LEASE_SECONDS),
-        }
+        self.crashes, self.results_of = header["crashes"], header.get("results_of")
         self.has_written = False  # whether write() has changed the row
         self.admitted = []  # the job that has its slot now
         self.next_jobs = []  # the plans of enqueue_next()
@@ -79,7 +63,7 @@ class Run:
         # A second more: in the row, the time limit begins with the claim, which is later than this.
         self.late_at = time.monotonic() + task.time_limit + 1
         self.plan_renewal()
-        self.retry = None  # after retry(): arguments of transitions.requeue()
+        self.retry = None  # after retry(): arguments of transitions.retry()
         # Why it is retried: the fields of a Failure.
         self.failure = {"error": "The task called retry()", "exception": "celery.exceptions.Retry"}
         self.public_error = ""  # the same, for the owner
@@ -103,12 +87,21 @@ class Run:
 
     def claim(self):
         """Claim the job. Returns 0 if it may not start: see transitions.claim()."""
-        return admission.claim(self.limit_key, **self.claim_fields)
+        return admission.claim(
+            self.limit_key,
+            id=self.job_id,
+            run_token=self.token,
+            worker=self.request.hostname,
+            retries=self.request.retries,
+            crashes=self.crashes,
+            time_limit=timedelta(seconds=self.task.time_limit),
+            lease=timedelta(seconds=conf.LEASE_SECONDS),
+        )
 
     def put_back_if_paused(self):
         """After a claim that has failed, put the job back if it is paused. Returns whether it was."""
         row = Job.objects.filter(*timeouts(), pk=self.job_id)
-        is_paused = wait_past_soft_limit(pauses.put_back, row)
+        is_paused = wait_past_soft_limit(transitions.put_back, row)
         if is_paused and self.limit_key:  # it has lost its slot
             pool.query(admission.admit, [self.limit_key])
         return bool(is_paused)
@@ -135,10 +128,62 @@ class Run:
         return is_due or (is_new and not self.lost)
 
     def plan_renewal(self):
-        """Renew the lease when a third of it has passed, and soon after the deadline: see lease_end()."""
+        """Renew the lease when a third of it has passed, and soon after the deadline: see transitions.renewed()."""
         now = time.monotonic()
         times = [now + conf.LEASE_SECONDS / 3, self.late_at]
         self.renew_at = min(at for at in times if at > now)
+
+    def call(self, call, args, kwargs):
+        """Call the function, and write how it ended. Returns its result, or raises what Celery expects."""
+        self.is_started = True
+        with connection.execute_wrapper(end_interrupted_query):
+            return self.call_and_write(call, args, kwargs)
+
+    def call_and_write(self, call, args, kwargs):
+        try:
+            result = self.call_alone(call, args, kwargs)
+        except Retry:
+            if self.retry:
+                self.try_again()
+            else:
+                self.fail("Retry was raised directly: call self.retry()")
+            raise
+        except Ignore:  # raised by the function: the job succeeds without a result
+            result = None
+        except JobLost:
+            raise self.ignored() from None
+        except WorkerStopping:
+            self.release()
+            raise Ignore("will continue in another worker") from None
+        except BaseException as error:
+            if pool.is_terminated(error):
+                if not child_has_crashed():
+                    self.release()
+                raise  # after a crash, the main process recovers the job
+            if isinstance(error, SystemExit):
+                self.fail(f"The task called sys.exit({error.code!r})")
+                # Not SystemExit, which would end the child process or the thread.
+                raise RuntimeError("sys.exit() in a task") from error
+            self.fail(OVER_TIME_LIMIT if isinstance(error, pool.time_limit_errors) else "")
+            raise
+        if self.retry:  # with throw=False
+            self.try_again()
+            raise Ignore("queued again")
+        self.succeed(result)
+        return result
+
+    def call_alone(self, call, args, kwargs):
+        """Return the function's result. Raises TransactionManagementError if it left a transaction open."""
+        in_block = connection.in_atomic_block  # of a test: leave it open
+        try:
+            if self.results_of:
+                args = [wait_for(batches.results_of, self.results_of), *args]
+            result = call(*args, **kwargs)
+        finally:
+            was_open = not in_block and roll_back_open_transaction()
+        if was_open:
+            raise TransactionManagementError("The task left a transaction open")
+        return result
 
     def read_cursor(self):
         if self.cursor is UNREAD:
@@ -151,6 +196,21 @@ class Run:
             self.batch = self.query_or_lose(rows.first) if self.batch_id else None
         return self.batch
 
+    def write_report(self, done, total, message, cursor):
+        if self.lost:
+            raise JobLost
+        percent = int(100 * done / total) if total else 100
+        message = "" if message is None else printable(message)[:255]
+        self.report = {"progress": max(0, min(percent, 100)), "message": message}
+        if cursor is not None:
+            self.write_cursor(cursor)
+            end_if_stopping()
+
+    def step(self, name, function, args, kwargs):
+        result = run_step(self, name, function, args, kwargs)
+        end_if_stopping()
+        return result
+
     def write_cursor(self, cursor):
         to_json(cursor)  # raises if it cannot be stored: PostgreSQL's error would end a transaction
         self.store(cursor=cursor)
@@ -158,10 +218,13 @@ class Run:
 
     def store(self, **changes):
         """Store these changes with the report, and renew the lease."""
-        changes |= {"sweep_at": lease_end(), **self.report}
-        self.query_or_lose(self.row.update, **changes)
+        self.query_or_lose(transitions.report, self.row, **changes, **self.report)
         if not in_transaction():
             self.stored_report = self.report  # renew_leases() need not write it again
+
+    def fails_with(self, error, caught):
+        """Remember why it is retried."""
+        self.failure, self.public_error = describe(error, caught), for_owner(error)
 
     def query_or_lose(self, query, *args, **kwargs):
         """Run a query on the row of the job or its batch.
@@ -207,7 +270,7 @@ class Run:
         if public_error := printable(public_error) or for_owner(error):
             failure["error"] = public_error + printable(detail)
         texts = {"error": failure["error"], "public_error": public_error}
-        self.change(transitions.finish, "failed", failure=failure, **self.report, **texts)
+        self.change(transitions.fail, failure, **self.report, **texts)
         self.end_batch()
 
     def try_again(self):
@@ -215,7 +278,7 @@ class Run:
         try:
             changes = {**self.report, **self.retry, "public_error": self.public_error}
             changes["args"], changes["kwargs"] = as_json(changes["args"], changes["kwargs"])
-            self.change(transitions.requeue, failure=self.failure, **changes)
+            self.change(transitions.retry, self.failure, **changes)
         except Exception as error:  # for example, arguments that are not JSON
             self.fail("Its retry can't be stored", f": {error}")
             raise
@@ -226,7 +289,7 @@ class Run:
 
     def release(self):
         """Release the job: queue it for another worker."""
-        self.change(transitions.requeue)
+        self.change(transitions.release)
 
     def change(self, transition, *args, **changes):
         """Call write() with a function of transitions.py, for the row of this run. If the row is locked, try again."""
@@ -272,6 +335,23 @@ class Run:
                 sent = {"terminated": True, "signum": None, "expired": False}
                 signals.task_revoked.send(sender=task, request=task.request, **sent)
         return Ignore("a duplicate message, or its job is cancelled or belongs to another run")
+
+
+def end_if_stopping():
+    """If this worker shuts down, end the function as soon as its transaction, if any, is committed.
+
+    If the function has called on_commit() after this, an exception would make Django forget that callback: a later
+    report() tries again. The same after set_autocommit(False), where on_commit() is not allowed.
+    """
+    hooks = connection.run_on_commit  # Django takes each from this list before it calls it
+
+    def end():
+        if not hooks:
+            raise WorkerStopping
+
+    if shutting_down.value:
+        with suppress(TransactionManagementError):
+            transaction.on_commit(end)
 
 
 def jobs_of(some_runs):

@@ -8,7 +8,7 @@ Prefork:
 1. The main process gets SIGTERM. It waits until all children have ended their tasks, but at most
    worker_soft_shutdown_timeout: see celery_steady/shutdown.py.
 2. Celery sends SIGTERM to the children that still have a task. SystemExit ends the function, and the child
-   releases its job: worker/execution.py. A child that gets SIGTERM alone has crashed: child_has_crashed().
+   releases its job: worker/runs.py. A child that gets SIGTERM alone has crashed: process.child_has_crashed().
 3. The main process ends with its children. If one never ends, its supervisor must kill them.
 
 Threads and gevent:
@@ -22,28 +22,21 @@ Celery end a worker too. Then threads and gevent do the same, and prefork waits 
 """
 
 import os
-import time
-from contextlib import suppress
 from functools import partial
 
-from billiard import get_start_method
-from billiard.common import terminate_handler_fired
 from celery import current_app, signals
 from celery_steady.shutdown import close
-from django.db import connection, transaction
-from django.db.transaction import TransactionManagementError
+from django.db import transaction
 
 from durable_jobs import transitions
-from durable_jobs.database import limit_locks
-from durable_jobs.exceptions import WorkerStopping
+from durable_jobs.database import limit_locks, skip_locked
 from durable_jobs.limits import limit_of
 from durable_jobs.pools import pool, shutting_down
+from durable_jobs.process import process
 from durable_jobs.states import UNFINISHED
 from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.lease import POLL_SECONDS
-from durable_jobs.worker.runs import jobs_of, process
-
-SIGTERM_SECONDS = 5  # if all processes get SIGTERM, the main process has handled it by then
+from durable_jobs.worker.runs import jobs_of
 
 
 def begin(consumer, exitcode=0):
@@ -53,20 +46,6 @@ def begin(consumer, exitcode=0):
     shutting_down.value = True
     if not process.is_prefork:  # Celery alone would wait for the last function
         pool.start_thread(partial(requeue_and_exit, consumer, exitcode))
-
-
-# Prefork
-
-
-def child_has_crashed():
-    """Return whether this child alone got SIGTERM, for example from its own function. May take 5 s."""
-    # Greenlets have no child. On macOS children are not forked, so they cannot know.
-    if not terminate_handler_fired() or get_start_method() != "fork":
-        return False
-    until = time.monotonic() + SIGTERM_SECONDS
-    while not shutting_down.value and time.monotonic() < until:
-        time.sleep(0.05)
-    return not shutting_down.value
 
 
 # Threads and gevent
@@ -95,32 +74,12 @@ def requeue_and_exit(consumer, exitcode=0):
 def release(some_runs):
     """Queue these jobs for other workers. The leases of locked rows will lapse.
 
-    Their functions run until the process ends, so the jobs start a second later. Those with a limit keep their slots,
+    Their functions run until the process ends, mostly within the second after which the jobs may start. With a slow
+    database it is later: then a job without a limit may run twice for a moment. Jobs with a limit keep their slots,
     unless the limit has a rate: then they must be admitted again.
     """
     limit_locks()
-    rows = transitions.skip_locked(jobs_of(some_runs).filter(UNFINISHED))
+    rows = skip_locked(jobs_of(some_runs).filter(UNFINISHED))
     keys = {run.limit_key for run in some_runs} - {None}
     unrated = [key for key in keys if not limit_of(key).rate]
-    # First, because requeue() would block a running job again, which frees its slot.
-    rows.filter(limit_key__in=unrated).update(state="queued", run_token=None)
-    transitions.requeue(rows, 2 * POLL_SECONDS)
-
-
-# A function that stores a cursor
-
-
-def end_after_commit():
-    """End the function as soon as its transaction, if any, is committed.
-
-    If the function has called on_commit() after this, an exception would make Django forget that callback: a later
-    report() tries again. The same after set_autocommit(False), where on_commit() is not allowed.
-    """
-    hooks = connection.run_on_commit  # Django takes each from this list before it calls it
-
-    def end():
-        if not hooks:
-            raise WorkerStopping
-
-    with suppress(TransactionManagementError):
-        transaction.on_commit(end)
+    transitions.release_before_exit(rows, 2 * POLL_SECONDS, keeping=unrated)

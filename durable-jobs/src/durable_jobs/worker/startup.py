@@ -6,8 +6,10 @@ from celery_steady import django
 from durable_jobs import versions
 from durable_jobs.messages import fields_in
 from durable_jobs.pools import IS_GEVENT, pool_name
+from durable_jobs.process import process
+from durable_jobs.worker import children
+from durable_jobs.worker.heartbeat import heartbeat
 from durable_jobs.worker.remote_control import cancel_revoked_jobs
-from durable_jobs.worker.runs import process
 
 
 def start(sender, **kwargs):
@@ -21,6 +23,10 @@ def start(sender, **kwargs):
     process.is_prefork = name == "prefork"
     versions.log_what_is_off()
     cancel_revoked_jobs()
+    if versions.fits("fast recovery of child processes"):
+        signals.worker_ready.connect(children.watch_children)
+        signals.task_received.connect(children.assign_run_token)
+    signals.worker_ready.connect(heartbeat.start)
 
 
 def keep_connections(app):

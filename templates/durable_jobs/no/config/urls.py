@@ -27,7 +27,7 @@ router.register("orders", OrderViewSet, basename="order")
 TITLE = settings.SPECTACULAR_SETTINGS["TITLE"]
 admin.site.site_header = admin.site.site_title = TITLE
 index = TemplateView.as_view(
-    template_name="api/index.html",
+    template_name="index.html",
     extra_context={"site_title": TITLE{{ ', "flower_url": settings.FLOWER_URL' if has_flower }}},
 )
 log_in = LoginView.as_view(

@@ -1,5 +1,5 @@
 {% from "chosen.jinja" import has_results with context %}
-"""One example of each pattern. A task may run twice: at worst, these then send an email twice."""
+"""One example of each pattern. A task may run twice: at worst, an email is then sent twice."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from celery import shared_task
 {% if not has_results %}
 from django.contrib.auth import get_user_model
 {% endif %}
-from django.core.mail import get_connection, send_mail
+from django.core.mail import get_connection
 from django.db.models import Sum
 from django.utils import timezone
 
@@ -35,7 +35,7 @@ def send_confirmation(order_id):
 def confirm_forgotten_orders():
     """Beat starts this every hour. It finds orders whose task was lost, and sends a new one."""
     now = timezone.now()
-    # A younger order's task may still be waiting. Older orders are given up.
+    # A younger order's task may still be waiting. Older orders are given up on.
     age = now - timedelta(days=7), now - timedelta(hours=1)
     forgotten = Order.objects.filter(confirmed_at=None, created_at__range=age)
     for pk in forgotten.values_list("pk", flat=True):
@@ -68,7 +68,7 @@ def forecast_demand(product, days=30, rounds=100_000):
 @shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def email_forecasts(forecasts, email):
     """The callback of the chord: it gets the results of all its tasks."""
-    send_mail("Demand for the next 30 days", "\n".join(forecasts), None, [email])
+    send_email(email, "Demand for the next 30 days", "\n".join(forecasts))
 {% else %}
 @shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
 def email_report(owner_id, days=30):
@@ -89,7 +89,7 @@ def forecast_demand(product, email, days=30, rounds=100_000):
     totals = sorted(sum(random.choices(quantities, k=days)) for _ in range(rounds))
     median, high = totals[rounds // 2], totals[rounds * 95 // 100]
     text = f"{median}, and in 95% of cases at most {high}"
-    send_mail(f"Demand for {product} for the next 30 days", text, None, [email])
+    send_email(email, f"Demand for {product} for the next 30 days", text)
 {% endif %}
 
 
@@ -108,8 +108,8 @@ def check_stock(order_id):
 def send_newsletter(newsletter_id):
     """Sends 100 emails, then starts the next run. Mail servers limit the emails of a connection.
 
-    Each recipient is claimed before the email is sent, so nobody gets it from two runs. If a
-    worker is killed, the email that it was sending counts as sent.
+    Each recipient is claimed first, so two runs at once send one email. If a worker is killed, the
+    email that it was sending counts as sent. After an error, it is sent again.
     """
     newsletter = Newsletter.objects.get(pk=newsletter_id)
     waiting = newsletter.recipients.filter(sent_at=None)

@@ -12,8 +12,4 @@ app = Celery("config")
 app.config_from_object("django.conf:settings", namespace="CELERY")
 app.autodiscover_tasks()
 app.steps["worker"].add(LogStep)  # django-structlog's step, and each log line names its task
-
-
-@signals.setup_logging.connect
-def keep_django_logging(**kwargs):
-    """Keep settings.LOGGING: Celery configures no logging if this signal has a receiver."""
+signals.setup_logging.connect(lambda **kwargs: None, weak=False)  # keep settings.LOGGING

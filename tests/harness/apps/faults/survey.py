@@ -11,7 +11,7 @@ from durable_jobs.actions import cancel
 from durable_jobs.enqueue import enqueue_many
 from durable_jobs.models import Batch, Job
 from durable_jobs.publish import publish
-from durable_jobs.states import ACTIVE
+from durable_jobs.states import ACTIVE, HAS_SLOT
 
 from .tasks import quick, write
 
@@ -50,7 +50,7 @@ def survey(jobs, odd, works):
         "distinct": distinct,
         "written": written,
         "chunks": chunks,
-        "slots": Job.objects.filter(limit_key__isnull=False, sweep_at__isnull=False).count(),
+        "slots": Job.objects.filter(HAS_SLOT).count(),
         "batches": states(Batch.objects.all()),
         "jobs of works": states(of_works),
         "missing": sum(not found[number] for number in expected),

@@ -1,4 +1,4 @@
-"""manage.py durable_jobs pause NAME… --reason TEXT, resume NAME…, paused, or drill.
+"""manage.py durable_jobs status, pause NAME… --reason TEXT, resume NAME…, paused, or drill.
 
 A name is that of a queue or a task.
 """
@@ -10,15 +10,17 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import transaction
 
 from durable_jobs import pauses
+from durable_jobs.diagnosis import overview
 from durable_jobs.drill import drill
 from durable_jobs.models import Pause
 
 
 class Command(BaseCommand):
-    help = "Pauses queues or tasks, resumes them, lists what is paused, or practices a crash."
+    help = "Says what is wrong, pauses queues or tasks, resumes them, or practices a crash."
 
     def add_arguments(self, parser):
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+        commands.add_parser("status", help="say what is wrong, as the admin does")
         pause = commands.add_parser("pause", help="start no job of these queues or tasks")
         resume = commands.add_parser("resume", help="start them again")
         commands.add_parser("paused", help="list what is paused")
@@ -35,6 +37,9 @@ class Command(BaseCommand):
     def handle(self, command, **options):
         if command == "drill":
             self.drill(**options)
+        elif command == "status":
+            _, problems = overview()
+            self.stdout.write("\n".join(problems) or "nothing is wrong")
         else:
             self.pause(command, **options)
 

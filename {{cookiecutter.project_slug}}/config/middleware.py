@@ -16,7 +16,7 @@ from kombu.exceptions import LimitExceeded, OperationalError
 {% endset %}
 {% if not has_jobs %}
 import logging
-from traceback import extract_tb
+from traceback import extract_tb, walk_tb
 
 {% endif %}
 {{ imports.sort(lines) }}
@@ -52,17 +52,25 @@ def ready():
             cursor.execute("SELECT 1")
     except Error:
         return HttpResponse("no database", status=503)
-    return HttpResponse("ok")
+    # Prometheus can read this, too.
+    return HttpResponse("ready 1\n", content_type="text/plain; version=0.0.4")
 {% if not has_jobs %}
 
 
-class ErrorMiddleware(MiddlewareMixin):
+def is_celerys(error):
+    """Return whether Celery can't reach a server. A client of your own may raise the same error."""
+    frames = walk_tb(error.__traceback__) if isinstance(error, UNAVAILABLE) else ()
+    names = {frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in frames}
+    return not names.isdisjoint(("celery", "kombu"))
+
+
+class UnavailableMiddleware(MiddlewareMixin):
     def process_exception(self, request, error):
         """Answer 503 if a view could not reach the broker or the result backend."""
 {% if backend_errors %}
         # If the result backend fails, delay() raises a RuntimeError caused by its error.
 {% endif %}
-        if isinstance(error, UNAVAILABLE) or isinstance(error.__cause__, UNAVAILABLE):
+        if is_celerys(error) or is_celerys(error.__cause__):
             logger.error("broker or result backend unavailable: %r", error)
             text = "Background tasks are unavailable. Try again later."
             if request.method == "POST" and request.resolver_match.app_name == "admin":
