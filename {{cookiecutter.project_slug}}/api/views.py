@@ -28,10 +28,10 @@ def accepted(request, result):
 
     The Location header has the task's URL. It is signed: it works only for this user, and only
     until the result expires. Celery itself can't tell an unknown id from that of a waiting task.
-    Raises TypeError for a task with `ignore_result`, whose state nobody stores.
+    Raises TypeError for a group, or a task with `ignore_result`: nobody stores their state.
     """
-    if getattr(result, "ignored", False):  # a group's result has no such attribute
-        raise TypeError("accepted() needs a task without ignore_result=True")
+    if not isinstance(result, AsyncResult) or result.ignored:
+        raise TypeError("accepted() needs a task without ignore_result=True; for a group, a chord")
     location = reverse("task", args=[signer(request.user).sign(result.id)])
     answer = Response if hasattr(request, "accepted_renderer") else JsonResponse  # a plain view
     return answer(describe(result.id, states.PENDING), status=202, headers={"Location": location})

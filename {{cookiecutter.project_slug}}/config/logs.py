@@ -103,10 +103,10 @@ def show_exception(logger, method, event):
 
 
 def before_send(event, hint):
-    """Show the ids that log lines have in Sentry, too. A client that hangs up is no error."""
-    if issubclass(hint.get("exc_info", [Exception])[0], UnreadablePostError):
-        return None
-    return {**event, "tags": {**event.get("tags", {}), **contextvars.get_contextvars()}}
+    """Show the ids that log lines have in Sentry, too, but not the user's IP address."""
+    ids = contextvars.get_contextvars()
+    ids.pop("ip", None)
+    return {**event, "tags": {**event.get("tags", {}), **ids}}
 
 
 def send_errors(dsn, release):
@@ -116,5 +116,11 @@ def send_errors(dsn, release):
     from sentry_sdk.integrations.logging import ignore_logger
 
     beat = CeleryIntegration(monitor_beat_tasks=True)  # and how each scheduled task ends
-    sentry_sdk.init(dsn, release=release, before_send=before_send, integrations=[beat])
+    sentry_sdk.init(
+        dsn,
+        release=release,
+        before_send=before_send,
+        ignore_errors=[UnreadablePostError],  # a client hung up
+        integrations=[beat],
+    )
     ignore_logger("django_structlog.*")  # it logs the exceptions that Sentry catches itself

@@ -49,8 +49,8 @@ INSTALLED_APPS = [
     "celery_steady",  # `manage.py check` also finds tasks that would never run
     "axes",
     "csp",
-{% if cookiecutter.result_backend == "database" %}
-    "django_celery_results",
+{% if result_backend.app is defined %}
+    "{{ result_backend.app }}",
 {% endif %}
 {% if has_schedule_table %}
     "django_celery_beat",

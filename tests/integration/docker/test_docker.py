@@ -319,8 +319,8 @@ def test_make_logs_follows_the_output(stack):
             os.killpg(logs.pid, signal.SIGINT)
 
 
-def test_a_backup_is_restored_into_an_empty_project(stack):
-    """With a new PostgreSQL, as one of another version is."""
+def test_a_backup_replaces_the_database_and_the_uploads(stack):
+    """The database is a new PostgreSQL, as one of another version is."""
     slug = stack.project.name
 
     def state(job):
@@ -330,11 +330,12 @@ def test_a_backup_is_restored_into_an_empty_project(stack):
     stack.exec("web", "sh", "-c", "echo tea > /media/upload")
     stack.make("backup")
     [backup] = stack.project.glob("backups/*")
+    stack.exec("web", "touch", "/media/later")
     stack.make("down")
-    for name in "db", "media":
-        docker("volume", "rm", f"{slug}_{name}")
+    docker("volume", "rm", f"{slug}_db")
     stack.make("restore", f"BACKUP=backups/{backup.name}")
     assert stack.exec("web", "cat", "/media/upload") == "tea\n"
+    assert "later" not in stack.exec("web", "ls", "/media")
     assert state(job) == "succeeded"
 
 

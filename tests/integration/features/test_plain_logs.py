@@ -118,6 +118,7 @@ result = client.get("{path}", headers=headers).status_code
     assert all("LookupError" in str(event["exception"]) for event in events)
     assert {event["tags"].get("task_id") for event in events} == {*failed, None}
     assert sum("request_id" in event["tags"] for event in events) == 2
+    assert not any("ip" in event["tags"] for event in events)
     send(console, "kill")  # the death of a process is an event, too
     wait_for(lambda: "WorkerLostError" in str(events[5:]))
     assert len(events) == 7, events[5:]

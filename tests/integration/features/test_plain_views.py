@@ -51,7 +51,7 @@ WAYS = {
     "signature": lambda: task.s(0).delay(),
     "send_task": lambda: app.send_task(task.name, [0]),
     "chain": lambda: chain(task.si(0), task.si(0)).delay(),
-    "group": lambda: group(task.si(0), task.si(0)).delay(),
+    "group": lambda: group(task.si(0), task.si(0)).delay()[0],
     "chord": lambda: chord([task.si(0), task.si(0)])(callback),
     "map": lambda: task.map([0, 0]).delay(),
     "starmap": lambda: task.starmap([[0], [0]]).delay(),

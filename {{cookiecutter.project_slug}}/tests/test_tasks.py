@@ -1,7 +1,7 @@
 {% from "chosen.jinja" import worker_pool, has_flower with context %}
 import pytest
 from celery import uuid
-from celery.result import AsyncResult
+from celery.result import AsyncResult, GroupResult
 from rest_framework.test import APIClient
 
 from api.views import accepted
@@ -31,10 +31,11 @@ def test_a_client_follows_a_task_to_its_result(api, task, location):
     assert api.get(location).data == expected
 
 
-def test_a_task_that_stores_no_state_is_refused(rf, task):
+def test_what_stores_no_state_is_refused(rf, task):
     task.ignored = True
-    with pytest.raises(TypeError, match="ignore_result"):
-        accepted(rf.post("/"), task)
+    for result in task, GroupResult("id", [task]):
+        with pytest.raises(TypeError, match="ignore_result"):
+            accepted(rf.post("/"), result)
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"data": b"\xff"}, "\ud800"])
