@@ -12,7 +12,7 @@ from celery.app import routes
 from django.db import OperationalError, transaction
 from helpers import add, deliver, of_job, requeue, run_of, seconds_until_due
 
-from durable_jobs import messages, publish, transitions
+from durable_jobs import batches, messages, publish, transitions
 from durable_jobs.actions import cancel, run_all_again
 from durable_jobs.database import Now
 from durable_jobs.enqueue import enqueue, enqueue_many
@@ -71,6 +71,24 @@ def test_the_priority_of_a_route_reaches_the_broker(sent_messages, monkeypatch):
     monkeypatch.setattr(app.amqp.router, "routes", routes.prepare({add.name: {"priority": 7}}))
     messages.send([enqueue(add, [1, 2], countdown=9)])
     assert (sent_messages[0]["priority"], sent_messages[0]["routing_key"]) == (7, "celery")
+
+
+@pytest.mark.parametrize("store", [enqueue_many, batches.enqueue])
+@pytest.mark.parametrize("looks", [True, False])
+def test_each_job_of_many_has_the_queue_of_its_route(monkeypatch, store, looks):
+    """A route that is a dictionary is asked once, a function with the arguments of each job."""
+    asked = []
+
+    def route(name, args, kwargs, options, **more):
+        asked.append(args[0])
+        return {"queue": f"q{args[0]}"}
+
+    route = route if looks else {add.name: {"queue": "q7"}}
+    monkeypatch.setattr(app.amqp.router, "routes", routes.prepare(route))
+    store([add.s(n, n) for n in range(3)] + [add.using(queue="own").s(9, 9)])
+    queues = list(Job.objects.order_by("created_at").values_list("queue", flat=True))
+    assert queues == [*(["q0", "q1", "q2"] if looks else ["q7"] * 3), "own"]
+    assert asked == ([0, 1, 2] if looks else [])
 
 
 def test_receivers_and_routers_get_the_arguments_of_the_caller(sent_messages, monkeypatch):

@@ -18,7 +18,7 @@ from django.db import Error, connection, transaction
 from django.db.models import Count, Exists, OuterRef, Q, Subquery
 from django.utils import timezone
 
-from durable_jobs import actions, transitions
+from durable_jobs import actions, messages, transitions
 from durable_jobs.compiler import prepared
 from durable_jobs.database import Now, in_transaction, may_succeed_later, timeouts
 from durable_jobs.enqueue import (
@@ -101,7 +101,8 @@ def add(batch: Batch, call: JobSignature[[]]) -> Job:
 
 def add_many(batch: Batch, calls: Iterable[JobSignature[[]]]) -> list[Job]:
     """Add a job for each of these calls: all of them or none. See add()."""
-    members = [fields_of(call) for call in calls]
+    queues = messages.Queues()
+    members = [fields_of(call, queues) for call in calls]
     with transaction.atomic():
         keep_open(batch)
         now = database_time()
@@ -117,10 +118,12 @@ def add_many(batch: Batch, calls: Iterable[JobSignature[[]]]) -> list[Job]:
 aenqueue, aadd = sync_to_async(enqueue), sync_to_async(add)
 
 
-def fields_of(call, results_of=None):
+def fields_of(call, queues=None, results_of=None):
     """Return the fields of a call, and its countdown and eta. Raises TypeError, and the errors of enqueue()."""
     check_call(call, MEMBER_OPTIONS)
     options = {"countdown": None, "eta": None, **call.options}
+    if queues:
+        options["queue"] = queues.of(call)
     when = options.pop("countdown"), options.pop("eta")
     if results_of and not call.immutable:
         options["results_of"] = str(results_of)
@@ -180,7 +183,7 @@ def cancel_ids(ids):
 
 def planned(call, results_of=None):
     """Return a job that is stored later, as JSON. Raises TypeError, and the errors of enqueue()."""
-    fields, (countdown, eta) = fields_of(call, results_of)
+    fields, (countdown, eta) = fields_of(call, results_of=results_of)
     times(timezone.now(), countdown, eta)  # may raise ValueError
     job = new_job(**fields)  # its headers, such as a trace, are those of now
     fields |= {"id": str(job.pk), "headers": job.headers}

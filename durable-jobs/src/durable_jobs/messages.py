@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from threading import RLock
 
 from celery import current_app, signals
+from celery.app.routes import MapRoute
 from celery.exceptions import OperationalError
 from django.apps import apps
 from kombu.utils.json import dumps, loads
@@ -132,6 +133,25 @@ def queue_of(task, args, kwargs):
         return queue
     route = current_app.amqp.router.route({}, task.name, args, kwargs)
     return route["queue"].name if "queue" in route else current_app.conf.task_default_queue
+
+
+class Queues:
+    """Tells the queues of many calls. Routes that are a dictionary are asked once for each task."""
+
+    def __init__(self):
+        self.is_fixed = all(isinstance(route, MapRoute) for route in current_app.amqp.router.routes)
+        self.known = {}
+
+    def of(self, call):
+        if queue := call.options.get("queue"):
+            return queue
+        name = call.task.name
+        if name not in self.known:
+            queue = queue_of(call.task, call.args, call.kwargs)
+            if not self.is_fixed:
+                return queue
+            self.known[name] = queue
+        return self.known[name]
 
 
 def known_queues():

@@ -93,7 +93,7 @@ def forecast_demand(product, email, days=30, rounds=100_000):
 {% endif %}
 
 
-@shared_task(ignore_result=True, autoretry_for=(OSError,), retry_backoff=True, max_retries=8)
+@shared_task(ignore_result=True, autoretry_for=(Exception,), retry_backoff=True, max_retries=8)
 def check_stock(order_id):
     """I/O-bound: it waits for another server, with a timeout. The result goes into the database."""
     order = Order.objects.get(pk=order_id)
