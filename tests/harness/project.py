@@ -26,7 +26,7 @@ LIMIT = 300  # seconds of every wait: a machine may be ten times slower than our
 # A variable and its address for development, in settings.py or .env.
 ADDRESS = r"""([A-Z_]+)(?:=|["'], ["'])([\w+]+://(?:[^"'\s]*@)?127\.0\.0\.1:\d+[^"'\s]*)"""
 # A variable without a default
-ASKED = r"""env\.\w+\(\s*["']([A-Z_]+)["'](?=\)|,\s+\w+=)"""  # without a default
+ASKED = r"""env\.\w+\(\s*["']([A-Z_]+)["'](?=\)|,\s+\w+=)"""
 CONSOLE_MAIL = "django.core.mail.backends.console.EmailBackend"
 FILE_MAIL = "django.core.mail.backends.filebased.EmailBackend"
 BEHIND_A_PROXY = {"X-Forwarded-Proto": "https"}  # of requests to a web as in production

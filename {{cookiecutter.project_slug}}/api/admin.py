@@ -7,6 +7,7 @@ from celery import current_app, states
 from django.contrib import admin, messages
 from django.db import transaction
 from django_celery_results.admin import TaskResultAdmin
+from django_celery_results.models import TaskResult
 
 
 @admin.action(description="Run again", permissions=["change"])
@@ -30,4 +31,9 @@ def run_again(modeladmin, request, queryset):
             current_app.send_task(row.task_name, args, kwargs, task_id=row.task_id)
 
 
-TaskResultAdmin.actions = [run_again]
+class ResultAdmin(TaskResultAdmin):
+    actions = [run_again]
+
+
+admin.site.unregister(TaskResult)
+admin.site.register(TaskResult, ResultAdmin)

@@ -363,4 +363,9 @@ if apps.is_installed("django_celery_beat"):
                 raise ValidationError(str(error)) from error
             return data
 
-    PeriodicTaskAdmin.form = RowForm
+    class RowAdmin(PeriodicTaskAdmin):
+        form = RowForm
+
+    if type(admin.site.get_model_admin(PeriodicTask)) is PeriodicTaskAdmin:  # not a project's own
+        admin.site.unregister(PeriodicTask)
+        admin.site.register(PeriodicTask, RowAdmin)
