@@ -55,7 +55,7 @@ WAYS = {
     "chord": lambda: chord([task.si(0), task.si(0)])(callback),
     "map": lambda: task.map([0, 0]).delay(),
     "starmap": lambda: task.starmap([[0], [0]]).delay(),
-    "chunks": lambda: task.chunks([[0], [0]], 2).delay(),
+    "chunks": lambda: task.chunks([[0], [0]], 2).delay()[0],
 }
 for options in OPTIONS:
     WAYS[" ".join(options)] = lambda options=options: task.apply_async([0], **options)
