@@ -125,7 +125,7 @@ def check_project(project, is_new):
         project.call("ruff", "format", "--check", "--no-cache")
 
 
-@pytest.mark.promise("Nothing you didn't choose")
+@pytest.mark.promise("Only what you chose")
 @pytest.mark.usefixtures("hooks_in_this_process")
 @pytest.mark.parametrize("answers", covering(COMBINATIONS), ids=name)
 def test_every_three_choices_bake_to_a_clean_project(bake, is_new, answers):
@@ -353,7 +353,7 @@ def output_files():
             yield path
 
 
-@pytest.mark.promise("Nothing you didn't choose")
+@pytest.mark.promise("Only what you chose")
 def test_a_choice_is_named_only_in_its_files_and_in_conditions():
     """A condition compares an answer to names of its choices; an include may be named by one."""
     for path in [TEMPLATE / "cookiecutter.json", *output_files(), *whole_files()]:

@@ -102,7 +102,7 @@ def test_a_web_process_imports_nothing_of_a_worker():
 
 
 def test_no_import_is_hidden_in_a_string():
-    hidden = "get_model", "symbol_by_name", "TYPE_CHECKING", "import_string"
+    hidden = "get_model(", "symbol_by_name", "TYPE_CHECKING", "import_string"
     found = {
         (path.name, word)
         for path in PACKAGE.rglob("*.py")

@@ -29,4 +29,4 @@ def cancel_revoked_jobs():
     def cancel_and_terminate(worker, signal, task_id, **kwargs):
         return cancel_and_revoke(worker, task_id, terminate=True, signal=signal, **kwargs)
 
-    Panel.data.update(revoke=cancel_and_revoke, terminate=cancel_and_terminate)
+    Panel.data["revoke"], Panel.data["terminate"] = cancel_and_revoke, cancel_and_terminate
