@@ -17,7 +17,8 @@ def note(task, kind, *words):
     """Append a line about a task, which is an id, to the file: processes have the same clock."""
     line = [kind, task, os.getpid(), time.time(), *words]
     with open(os.environ["NOTES"], "a") as file:
-        print(*line, file=file)
+        # Not print(), which writes the line end separately: a task may be terminated in between.
+        file.write(" ".join(map(str, line)) + "\n")
 
 
 def wait_for(gate):
